@@ -1,0 +1,64 @@
+"""Measures a checkpoint on the test problems: Avg@k, Maj@k, Pass@k with 95 % bootstrap intervals over problems.
+
+    python eval.py                            the embedded solver before training
+    python eval.py runs/ref-seed0/best        after
+    python eval.py --context critique         the self-teacher: the same solver, shown a critique of its own rollout
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from sd import UserError
+from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.config import Config
+from sd.metrics import evaluate
+from sd.problems import embedded
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", type=Path, default=EMBEDDED, help="checkpoint (default: the embedded solver)")
+    parser.add_argument("--samples", type=int, default=12, help="k: rollouts per problem (default: 12)")
+    parser.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this context")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    args = parser.parse_args()
+    if args.samples < 1 or args.max_new_tokens < 1 or args.temperature < 0:
+        parser.error("--samples and --max-new-tokens must be 1 or more, --temperature 0 or more")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        start = time.time()
+        model, tokenizer, _ = load(args.folder)
+        result = evaluate(model, tokenizer, embedded(args.split), args.samples, args.temperature, args.max_new_tokens,
+                          args.seed, args.context).summary()
+        result |= {"folder": str(args.folder), "split": args.split, "context": args.context, "seed": args.seed,
+                   "temperature": args.temperature, "seconds": round(time.time() - start, 1)}
+        who = "self-teacher with " + args.context if args.context else "student"
+        print(f"{args.folder} ({who}): {result['problems']} {args.split} problems, {args.samples} samples each, "
+              f"{result['seconds']} s")
+        for name in ("avg", "maj", "pass"):
+            m = result[f"{name}@{args.samples}"]
+            print(f"  {name.capitalize()}@{args.samples:<3d} {m['mean']:6.2f}   95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
+        print(f"  mean length {result['mean_length']:.1f} tokens, truncated {result['truncated']:.1f} %")
+        if args.json:
+            write_atomic(args.json, json.dumps(result, indent=1) + "\n")
+        return 0
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

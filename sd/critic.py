@@ -1,0 +1,108 @@
+"""The frozen critic as a faithful scribe: it follows the solver's trace, in the solver's notation, step by step.
+
+The paper's four cases:
+  A  fully correct                          reproduce the trace exactly
+  B  right answer, a justification missing  insert the missing step
+  C  incomplete or out of tokens            condense (drop what was said twice) and finish
+  D  wrong                                  copy the correct steps, write the first wrong one corrected, go on to the end
+
+How the correct and the wrong steps are quoted decides what the self-teacher does with them (induction heads continue a
+sequence as they saw it), so it is an option here:
+  partial  correct steps verbatim, the wrong one only as corrected: the paper's, and the default
+  full     the wrong step is quoted too, its correction comes after
+  omit     "correct" in place of each correct step: nothing to anchor to
+"""
+from dataclasses import dataclass, replace
+
+from sd import UserError
+from sd import times_table as tt
+from sd.answers import equal
+from sd.problems import Problem
+from sd.steps import Step, parse, render
+
+QUOTING = ("partial", "full", "omit")
+
+
+@dataclass(frozen=True)
+class Critique:
+    case: str                # A, B, C or D
+    text: str                # what the self-teacher reads
+    wrong: int | None = None  # index of the first wrong step in the solver's trace; len(steps) is the answer; None: none
+
+
+class SymbolicCritic:
+    """Exact on the embedded task: every judgement is arithmetic (`times_table.check`), every continuation is derived."""
+
+    def __init__(self, quoting: str = "partial"):
+        self.quoting = quoting
+
+    def __call__(self, problem: Problem, text: str, truncated: bool = False) -> Critique:
+        """The critique of one trace. Raises UserError on a problem that is not a sum of products."""
+        try:
+            pairs = tt.read_problem(problem.problem)
+        except ValueError as error:
+            raise UserError(f"problem {problem.id}: the symbolic critic cannot read it, {error}") from None
+        trace = parse(text)
+        written = list(trace.steps)
+        if truncated and written and trace.answer is None and not written[-1].closed:
+            written.pop()                                   # cut off in mid-step: unfinished, not wrong
+        answered = trace.answer is not None and (trace.answer.closed or not truncated)
+        words, interleaved = _habits(written, len(pairs))
+
+        state = tt.State(_own_order(written, pairs))
+        verdicts = tt.check(state, [step.text for step in written])
+        wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind == "wrong"), None)
+        condense = wrong is None and not answered           # case C
+        texts, inserted = [], False
+        for verdict, step in zip(verdicts[:wrong], written):
+            texts += map(str, verdict.missing)
+            inserted |= bool(verdict.missing)
+            if not (condense and verdict.kind == "again"):
+                texts.append("correct" if self.quoting == "omit" else step.text)
+        if wrong is not None:
+            fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, words)
+            if fixed is not None:                           # None: the derivation was complete, the step superfluous
+                state.apply(fixed)
+                words = fixed.words
+                texts.append(self._fix(written[wrong].text, str(fixed)))
+        rest = list(map(str, tt.derive(state, interleaved, words)))
+        answer = problem.answer
+        if wrong is None and answered and not equal(trace.answer.text, problem.answer):
+            wrong = len(written)
+            answer = self._fix(trace.answer.text, answer)
+        case = "D" if wrong is not None else "C" if not answered else "B" if inserted or rest else "A"
+        return Critique(case, render(texts + rest, answer), wrong)
+
+    def _fix(self, wrong: str, right: str) -> str:
+        return f"{wrong}, so {right} is correct" if self.quoting == "full" else right
+
+
+def _habits(written: list[Step], products: int) -> tuple[bool, bool]:
+    """The solver's notation (in words?) and plan (sums as soon as possible?), read off its own steps."""
+    equations = [e for e in (tt.read_equation(step.text) for step in written) if e is not None]
+    words = bool(equations) and equations[-1].words
+    first_sum = next((i for i, e in enumerate(equations) if not e.product), None)
+    if first_sum is not None:
+        return words, first_sum < products
+    return words, words and len(equations) < 3      # too early to see: words go with adding as one goes
+
+
+def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:
+    """The products in the order in which the solver takes them, then those that it does not mention."""
+    order, left = [], list(pairs)
+    for equation in (tt.read_equation(step.text) for step in written):
+        match = equation and equation.product and tt.find(left, equation)
+        if match:
+            left.remove(match)
+            order.append((equation.left, equation.right))
+    return order + left
+
+
+def _corrected(state: tt.State, equation: tt.Equation | None) -> tt.Equation | None:
+    """The wrong step with its own operands and the true value; None if these operands do not belong here."""
+    if equation is None:
+        return None
+    truth = equation.left * equation.right if equation.product else equation.left + equation.right
+    fixed = replace(equation, value=truth)
+    verdict = tt.check(state.copy(), [str(fixed)])[0]
+    return fixed if verdict.kind == "right" and not verdict.missing else None

@@ -1,0 +1,83 @@
+"""The losses, as pure per-token functions of log-probabilities; nothing here knows of models, prompts or optimisers.
+
+M tokens, V vocabulary. `student` and `teacher` are (M, V) log-probabilities at the rollout temperature in float32, from
+`log_probs`; the teacher carries no gradient. Every function returns one number per token (M); the caller sums them and
+divides by the completion tokens of the whole batch, once, so micro-batches do not change the result.
+
+Fully on-policy: one optimiser step per batch of rollouts, so there is no importance ratio and nothing to clip.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, in float32 whatever the model computes in."""
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """KL(teacher || student) = sum_v teacher_v (log teacher_v - log student_v): the paper's and our default."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """KL(student || teacher) = sum_v student_v (log student_v - log teacher_v)."""
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, 0 < beta < 1.
+
+    It tends to 0, not to the KLs, at its ends; these are `forward_kl` and `reverse_kl`.
+    """
+    weights = torch.tensor([beta, 1 - beta], device=student.device).log()
+    mixture = torch.logaddexp(teacher + weights[0], student + weights[1])
+    return beta * forward_kl(mixture, teacher, ids) + (1 - beta) * forward_kl(mixture, student, ids)
+
+
+def sampled_token(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """-A_t log student(y_t) with A_t = log teacher(y_t) - log student(y_t) held constant.
+
+    Its gradient is an unbiased estimate of the reverse KL's, from the sampled token alone. (The vocabulary-summed KL in
+    A_t's place would have zero expected gradient.)
+    """
+    return policy_gradient(of_token(student, ids), token_advantage(student, teacher, ids))
+
+
+def token_advantage(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """A_t = log teacher(y_t | x, c, y_<t) - log student(y_t | x, y_<t): what the context says of each token."""
+    return (of_token(teacher, ids) - of_token(student, ids)).detach()
+
+
+def policy_gradient(logprob: Tensor, advantage: Tensor) -> Tensor:
+    """-A log student(y_t): GRPO's objective on-policy, with A from `group_advantages` for all tokens of a rollout."""
+    return -advantage * logprob
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """GRPO: A_i = (r_i - mean(r)) / std(r) within each group (P, G); 0 where all rewards are equal.
+
+    >>> group_advantages(torch.tensor([[1., 0., 0., 0.], [1., 1., 1., 1.]]))[:, :2].tolist()
+    [[1.7320507764816284, -0.5773502588272095], [0.0, 0.0]]
+    """
+    spread = rewards.std(-1, correction=0, keepdim=True)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    return torch.where(spread > 0, centred / spread.clamp_min(1e-8), torch.zeros_like(centred))
+
+
+def of_token(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """The sampled tokens' entries: (M, V), (M) -> (M)."""
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jsd, "sampled": sampled_token}
+
+
+def divergence(name: str, beta: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The per-token loss of self-distillation called `name`; `beta` is jsd's."""
+    if name == "jsd":
+        return lambda student, teacher, ids: jsd(student, teacher, ids, beta)
+    return DIVERGENCES[name]

@@ -1,0 +1,69 @@
+"""The step-tag grammar: `<step_1> … </step_1> … <answer> … </answer>`, from text to steps and from steps to tokens.
+
+The paper's solver writes step-tagged traces and its critic answers step by step, so this grammar is where a rollout
+and its feedback meet. Parsing never fails: text outside the tags is ignored, and a step that is not closed (the
+rollout ran out of tokens, or forgot the tag) ends where the next tag begins and says `closed=False`.
+"""
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+
+TAGS = re.compile(r"<(/?)(?:step_(\d{1,4})|(answer))>")
+
+
+@dataclass(frozen=True)
+class Step:
+    number: int          # as written by the solver; not necessarily its position
+    text: str            # without tags, stripped
+    start: int           # character span in the trace, tags included
+    end: int
+    closed: bool = True
+
+
+@dataclass(frozen=True)
+class Trace:
+    steps: list[Step]
+    answer: Step | None  # the last answer wins; its number is 0
+
+
+def parse(text: str) -> Trace:
+    """Splits a trace at its tags; one pass, linear in the length of the text."""
+    steps, answer, tags = [], None, list(TAGS.finditer(text))
+    for i, tag in enumerate(tags):
+        closing, number, _ = tag.groups()
+        if closing:
+            continue
+        following = tags[i + 1] if i + 1 < len(tags) else None
+        closed = following is not None and following.group(1) == "/" and following.group(2) == number
+        inner_end = following.start() if following else len(text)
+        step = Step(int(number or 0), text[tag.end():inner_end].strip(), tag.start(),
+                    following.end() if closed else inner_end, closed)
+        if number:
+            steps.append(step)
+        else:
+            answer = step
+    return Trace(steps, answer)
+
+
+def render(steps: list[str], answer: str) -> str:
+    """Writes a trace with steps numbered from 1; `parse` of it gives the same texts."""
+    tagged = [f"<step_{i}> {step} </step_{i}>" for i, step in enumerate(steps, 1)]
+    return "\n".join(tagged + [f"<answer> {answer} </answer>"])
+
+
+def token_span(pieces: list[str], start: int, end: int) -> tuple[int, int]:
+    """First token and one past the last token of the characters [start, end), for a text cut into `pieces`.
+
+    A token that straddles the border belongs to the side on which it starts, so neighbouring spans never overlap:
+
+    >>> token_span(["ab", "cd", "ef"], 2, 5)      # 'cde' touches 'cd' and 'ef'
+    (1, 3)
+    >>> token_span(["ab", "cd", "ef"], 5, 6)      # 'f' begins inside a token that the span before has taken
+    (3, 3)
+    """
+    starts, at = [], 0
+    for piece in pieces:
+        starts.append(at)
+        at += len(piece)
+    first, last = bisect_right(starts, start - 1), bisect_right(starts, end - 1)
+    return first, last
