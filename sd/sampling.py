@@ -38,14 +38,15 @@ def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Samples from softmax(logits / temperature) (N, V): ids (N) and their log-probabilities (N). 0 means greedy.
 
-    Exponential races: argmax_v p_v / E_v with E_v ~ Exp(1) is a categorical draw, without a host round trip. A float32
-    draw of exactly 0 would make any token win, however improbable, so E is kept above half its resolution.
+    Exponential races: argmax_v p_v / E_v with E_v = -log(uniform) ~ Exp(1) is a categorical draw, without a host round
+    trip. (`Tensor.exponential_` on CPU reseeds a weak generator in every call and yields zeros; a zero lets any token
+    win, however improbable.)
     """
     logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)                 # (N, V)
     if temperature == 0:
         ids = logprobs.argmax(-1)
     else:
-        race = torch.empty_like(logprobs).exponential_(generator=generator).clamp_min_(2 ** -25)
+        race = torch.rand(logprobs.shape, generator=generator, device=logits.device).log_().neg_()
         ids = (logprobs - race.log_()).argmax(-1)                                           # (N)
     return ids, logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
