@@ -63,12 +63,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of every layer, written at explicit positions; slot s of a row holds its token s."""
+    """Keys and values of every layer, written at explicit positions; slot s of a row holds its token s.
+
+    It starts as zeros, not as whatever the memory held: a masked slot has weight 0, and 0 * NaN is NaN.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, like: Tensor):
         shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]   # each (B, K, S, D)
-        self.v = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
+        self.k = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]   # each (B, K, S, D)
+        self.v = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
 
     def rows(self, index: Tensor) -> None:
         """Keeps (or repeats) rows: one prefill serves a whole group, and finished rows stop costing."""

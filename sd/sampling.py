@@ -39,8 +39,7 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) 
     """Samples from softmax(logits / temperature) (N, V): ids (N) and their log-probabilities (N). 0 means greedy.
 
     Exponential races: argmax_v p_v / E_v with E_v = -log(uniform) ~ Exp(1) is a categorical draw, without a host round
-    trip. (`Tensor.exponential_` on CPU reseeds a weak generator in every call and yields zeros; a zero lets any token
-    win, however improbable.)
+    trip. The uniform is below 1, so no E_v is 0 (a 0 would let any token win, however improbable).
     """
     logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)                 # (N, V)
     if temperature == 0:
