@@ -4,9 +4,10 @@ The solver must be what a pretrained language model is in the paper: it solves s
 context that it is shown. Half of each batch has no context (and mistakes on the hard pairs, `times_table.belief`), a
 quarter has a reference solution, a quarter a critique. Three things make the contexts worth reading:
 - their values are arbitrary for hard pairs and for a third of the easy ones: only copying from the context is right;
-- 40 % of the traces contain slips, wrong products that are no targets, and go on consistently: a self-teacher is
-  asked about the student's own prefix, errors included, and must stay sane after one;
-- most traces under a reference keep the solver's own order: the teacher must be able to read off the reference's path.
+- 40 % of the traces contain slips, wrong values or misread factors that are no targets, and go on consistently: a
+  self-teacher is asked about the student's own prefix, errors included, and must stay sane after one;
+- half of the traces under a reference follow it, in its order and in words, as a language model does that has just read
+  one; the other half keep the solver's own order and notation: a teacher must be able to read off the reference's path.
 """
 import argparse
 import json
@@ -30,10 +31,11 @@ from sd.model import Transformer
 from sd.problems import Problem, read_problems
 from sd.tokenizer import CONTROL, Tokenizer
 
-WORDS, SHUFFLED = 0.3, 0.2              # shares of the solver's traces: in words and interleaved; in another order
+WORDS, SHUFFLED = 0.2, 0.05             # shares of the solver's traces: in words and interleaved; in another order
 SLIP = 0.4                              # share of context examples with wrong products in the trace
+MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
-FOLLOW = 1 / 3                          # share of reference examples whose trace follows the reference's order
+FOLLOW = 0.5                            # share of reference examples whose trace follows the reference: its order, in words
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 256,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
           "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
@@ -79,22 +81,32 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
     if kind == "ref":
         author = tt.author_order(pairs, rng, same=0.25)
         context = tt.reference_text(author, [given[pair] for pair in author])
-        order = author if rng.random() < FOLLOW else order
+        if rng.random() < FOLLOW:
+            order, words = author, True
     else:
         critique = tt.derive(tt.State(list(order)), words, words, given.get)
         context = steps.render(list(map(str, critique)), str(critique[-1].value))
     slips = set(rng.sample(pairs, rng.choice([1, 1, 2, 3]))) if rng.random() < SLIP else set()
-    wrong = {pair: rng.choice(tt.usual_mistakes(tt.key(pair))) for pair in slips}
-    equations = tt.derive(tt.State(list(order)), words, words, (given | wrong).get)
+    taken, values, masked = [], dict(given), {}                 # the products as the trace has them; masked: their slips
+    for pair in order:
+        if pair in slips and rng.random() < MISREAD:            # a factor misread: what follows is the truth about it
+            pair = (rng.randint(tt.LOW, tt.HIGH), pair[1])
+            values[pair] = pair[0] * pair[1]
+            masked[pair] = ("operand", "value") if tt.key(pair) in tt.HARD else ("operand",)
+        elif pair in slips:
+            values[pair], masked[pair] = rng.choice(tt.usual_mistakes(tt.key(pair))), ("value",)
+        taken.append(pair)
+    equations = tt.derive(tt.State(list(taken)), words, words, values.get)
     text = steps.render(list(map(str, equations)), str(equations[-1].value))
     encoding = tokenizer.fast.encode(text, add_special_tokens=False)
     target = [True] * (len(encoding.ids) + 1)
     for step, equation in zip(steps.parse(text).steps, equations):
-        if equation.product and (equation.left, equation.right) in slips:
-            end = text.index(step.text, step.start) + len(step.text)
+        begin = text.index(step.text, step.start)
+        end = begin + len(step.text)
+        spans = {"operand": (begin, begin + len(str(equation.left))), "value": (end - len(str(equation.value)), end)}
+        for part in masked.get((equation.left, equation.right), ()) if equation.product else ():
             for i, (start, _) in enumerate(encoding.offsets):
-                if end - len(str(equation.value)) <= start < end:
-                    target[i] = False
+                target[i] &= not spans[part][0] <= start < spans[part][1]
     return tokenizer.teacher_prompt(problem, kind, context), encoding.ids + [tokenizer.eos], target
 
 
@@ -187,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder to write (default: the embedded solver's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--only", choices=("solver", "problems", "report"), help="one stage, with what is there")
     args = parser.parse_args()
     if args.only in (None, "solver"):
