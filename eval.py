@@ -2,10 +2,12 @@
 
     python eval.py                            the embedded solver before training
     python eval.py runs/ref-seed0/best        after
+    python eval.py runs/ref-seed*/best        several seeds: each, then mean and standard deviation over them
     python eval.py --context critique         the self-teacher: the same solver, shown a critique of its own rollout
 """
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,7 +22,8 @@ from sd.problems import embedded
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", type=Path, default=EMBEDDED, help="checkpoint (default: the embedded solver)")
+    parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED], metavar="FOLDER",
+                        help="checkpoints (default: the embedded solver)")
     parser.add_argument("--samples", type=int, default=12, help="k: rollouts per problem (default: 12)")
     parser.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens, help="(default: %(default)s)")
@@ -34,24 +37,39 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def measure(folder: Path, args: argparse.Namespace) -> dict:
+    """Evaluates one checkpoint and prints what it found."""
+    start = time.time()
+    model, tokenizer, _ = load(folder)
+    result = evaluate(model, tokenizer, embedded(args.split), args.samples, args.temperature, args.max_new_tokens,
+                      args.seed, args.context).summary()
+    result = {"folder": str(folder), "split": args.split, "context": args.context, "seed": args.seed,
+              "temperature": args.temperature, **result, "seconds": round(time.time() - start, 1)}
+    who = f"self-teacher with {args.context}" if args.context else "student"
+    print(f"{folder} ({who}): {result['problems']} {args.split} problems, {args.samples} samples each, "
+          f"{result['seconds']} s")
+    for name in metric_names(args.samples):
+        m = result[name]
+        print(f"  {name.capitalize():8s} {m['mean']:6.2f}   95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
+    print(f"  mean length {result['mean_length']:.1f} tokens, truncated {result['truncated']:.1f} %", flush=True)
+    return result
+
+
+def metric_names(samples: int) -> list[str]:
+    return [f"{name}@{samples}" for name in ("avg", "maj", "pass")]
+
+
 def main() -> int:
     args = parse_args()
     try:
-        start = time.time()
-        model, tokenizer, _ = load(args.folder)
-        result = evaluate(model, tokenizer, embedded(args.split), args.samples, args.temperature, args.max_new_tokens,
-                          args.seed, args.context).summary()
-        result |= {"folder": str(args.folder), "split": args.split, "context": args.context, "seed": args.seed,
-                   "temperature": args.temperature, "seconds": round(time.time() - start, 1)}
-        who = "self-teacher with " + args.context if args.context else "student"
-        print(f"{args.folder} ({who}): {result['problems']} {args.split} problems, {args.samples} samples each, "
-              f"{result['seconds']} s")
-        for name in ("avg", "maj", "pass"):
-            m = result[f"{name}@{args.samples}"]
-            print(f"  {name.capitalize()}@{args.samples:<3d} {m['mean']:6.2f}   95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
-        print(f"  mean length {result['mean_length']:.1f} tokens, truncated {result['truncated']:.1f} %")
+        results = [measure(folder, args) for folder in args.folders]
+        if len(results) > 1:
+            print(f"mean ± standard deviation over {len(results)} checkpoints")
+            for name in metric_names(args.samples):
+                means = [r[name]["mean"] for r in results]
+                print(f"  {name.capitalize():8s} {statistics.mean(means):6.2f} ± {statistics.stdev(means):.2f}")
         if args.json:
-            write_atomic(args.json, json.dumps(result, indent=1) + "\n")
+            write_atomic(args.json, json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
         return 0
     except UserError as error:
         print(f"eval.py: {error}", file=sys.stderr)

@@ -13,22 +13,24 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from sd import UserError
+
 CONTEXT_TAGS = {"ref": "<reference>", "critique": "<critique>"}
 CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 
 
 class Tokenizer:
-    """Wraps a tokenizer.json. Raises ValueError if the file is missing, unreadable or lacks the control tokens."""
+    """Wraps a tokenizer.json. Raises UserError if the file is missing, unreadable or lacks the control tokens."""
 
     def __init__(self, path: Path):
         try:
             self.fast = FastTokenizer.from_file(str(path))
         except Exception as error:                      # the library raises bare Exception
-            raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
+            raise UserError(f"{path}: not a readable tokenizer.json ({error})") from None
         self.fast.encode_special_tokens = True          # "<eos>" typed in a text stays text
         missing = [token for token in CONTROL if self.fast.token_to_id(token) is None]
         if missing:
-            raise ValueError(f"{path}: lacks the control tokens {' '.join(missing)}")
+            raise UserError(f"{path}: lacks the control tokens {' '.join(missing)}")
         self.eos = self.fast.token_to_id("<eos>")
         self.vocab_size = self.fast.get_vocab_size()
 
