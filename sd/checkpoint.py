@@ -52,11 +52,16 @@ def read_config(folder: Path) -> ModelConfig:
     for name in SIZES:
         if not isinstance(raw.get(name), int) or not 0 < raw[name] < 2**31:
             raise UserError(f"{path}: {name} must be a positive integer, not {raw.get(name)!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{path}: scaled rotary positions ({rope}) are not supported")
+    if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window"):
+        raise UserError(f"{path}: only hidden_act silu and full attention are supported")
     return ModelConfig(
         **{name: raw[name] for name in SIZES},
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(raw.get("rope_theta", 10000.0)),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=raw["model_type"] == "qwen3",
         qkv_bias=raw["model_type"] == "qwen2",

@@ -65,7 +65,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """
     spread = rewards.std(-1, correction=0, keepdim=True)
     centred = rewards - rewards.mean(-1, keepdim=True)
-    return torch.where(spread > 0, centred / spread.clamp_min(1e-8), torch.zeros_like(centred))
+    differ = (rewards != rewards[..., :1]).any(-1, keepdim=True)     # spread > 0 can be rounding alone
+    return torch.where(differ, centred / spread, torch.zeros_like(centred))
 
 
 def of_token(logprobs: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,265 @@
+"""train.py and eval.py as a user runs them: what they write, what they refuse, how they end."""
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import train
+from sd.checkpoint import EMBEDDED, load
+from sd.config import Config
+from sd.metrics import Scores
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+SHORT = ["--steps", "2", "--eval-every", "1", "--eval-samples", "1", "--batch", "4", "--lr", "1e-3"]
+
+
+def command(*args, before=None):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=ENV, preexec_fn=before, text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
+
+
+def metadata(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def refused(result, *facts):
+    """Exit 2 and one line for the user; argparse puts its usage before it."""
+    last = result.stderr.strip().split("\n")[-1]
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and re.match(r"(train|eval)\.py: ", last), result.stderr
+    assert result.stderr.startswith("usage:") or result.stderr.count("\n") == 1
+    for fact in facts:
+        assert fact in last
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name -> (folder, result); two at a time."""
+    base = tmp_path_factory.mktemp("runs")
+    jobs = {"grpo": ["--cond", "grpo"], "ref": ["--cond", "ref"], "critique": ["--cond", "critique"],
+            "again": ["--cond", "critique"], "seed 1": ["--cond", "critique", "--seed", "1"]}
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda name: command("train.py", *jobs[name], *SHORT, "--out", base / name), jobs)
+    return {name: (base / name, result) for name, result in zip(jobs, results)}
+
+
+@pytest.mark.parametrize("cond", ["grpo", "ref", "critique"])
+def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
+    folder, result = runs[cond]
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "config.json", "last", "metrics.jsonl", "rollouts.jsonl"]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["cond"], config["steps"], config["lr"], config["out"]) == (cond, 2, 1e-3, str(folder))
+    trained = [row for row in rows(folder) if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2] and all(np.isfinite(list(row.values())).all() for row in trained)
+    assert trained[-1]["rollouts"] == (64 if cond == "grpo" else 8)
+    rollouts = rows(folder, "rollouts.jsonl")
+    assert len(rollouts) == 8 and all(("critique" in row) == (cond == "critique") for row in rollouts)
+    for name in ("best", "last"):
+        model, tokenizer, _ = load(folder / name)
+        assert all(p.isfinite().all() for p in model.parameters()) and tokenizer.vocab_size
+    assert metadata(folder / "last")["step"] == "2" and f"eval.py {folder}/best" in result.stdout
+
+
+@pytest.mark.parametrize("cond", ["grpo", "ref", "critique"])
+def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
+    folder, _ = runs[cond]
+    validated = [(row["step"], row["val_avg@1"]) for row in rows(folder) if "val_avg@1" in row]
+    assert [step for step, _ in validated] == [0, 1, 2]
+    step, avg = max(validated, key=lambda row: (row[1], -row[0]))       # the first of equals
+    assert metadata(folder / "best")["step"] == str(step) and float(metadata(folder / "best")["val_avg"]) == avg
+    source = {0: EMBEDDED, 2: folder / "last"}.get(step)
+    if source:
+        same, best = load_file(source / "model.safetensors"), load_file(folder / "best/model.safetensors")
+        assert all(torch.equal(same[name], best[name]) for name in best)
+
+
+def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
+    run = train.RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1))
+    student, _, _ = load(EMBEDDED)
+    run.begin(student, 4)
+    for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
+        with torch.no_grad():
+            student.model.norm.weight.fill_(step)
+        run.evaluated(step, student, Scores(*[np.array([score])] * 3, np.ones((1, 1)), np.zeros((1, 1))))
+    assert metadata(run.path / "best")["step"] == "1" and float(metadata(run.path / "best")["val_avg"]) == 30
+    assert set(load_file(run.path / "best/model.safetensors")["model.norm.weight"].tolist()) == {1.0}
+
+
+def test_the_seed_determines_a_run(runs):
+    def facts(name):
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(runs[name][0])]
+    assert facts("critique") == facts("again")
+    assert facts("critique") != facts("seed 1")
+    assert rows(runs["critique"][0], "rollouts.jsonl") == rows(runs["again"][0], "rollouts.jsonl")
+
+
+@pytest.mark.parametrize("context", [None, "ref", "critique"])
+def test_eval_prints_and_writes_the_metrics(runs, tmp_path, context):
+    file, folder = tmp_path / "numbers.json", runs["ref"][0] / "last"
+    result = command("eval.py", folder, "--split", "val", "--samples", 1, "--json", file,
+                     *(["--context", context] if context else []))
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(file.read_text())
+    assert (numbers["problems"], numbers["samples"], numbers["context"]) == (100, 1, context)
+    assert (numbers["folder"], numbers["split"], numbers["seed"]) == (str(folder), "val", 0)
+    for name in ("avg@1", "maj@1", "pass@1"):
+        assert 0 <= numbers[name]["low"] <= numbers[name]["mean"] <= numbers[name]["high"] <= 100
+        assert f"{name.capitalize()}" in result.stdout and f"{numbers[name]['mean']:6.2f}" in result.stdout
+    if context:
+        assert numbers["avg@1"]["mean"] > 20        # shown the way, the solver does far better than its 8 %
+
+
+def broken(tmp_path, name):
+    """A copy of the embedded solver with one thing wrong."""
+    folder = tmp_path / "solver"
+    folder.mkdir()
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        shutil.copy(EMBEDDED / file, folder)
+    weights, tensors = folder / "model.safetensors", load_file(EMBEDDED / "model.safetensors")
+    if name == "missing folder":
+        shutil.rmtree(folder)
+    elif name == "no config":
+        (folder / "config.json").unlink()
+    elif name == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif name == "truncated":
+        os.truncate(weights, 100_000)
+    elif name == "wrong shape":
+        save_file({**tensors, "model.norm.weight": torch.ones(64)}, weights)
+    elif name == "missing tensor":
+        del tensors["model.norm.weight"]
+        save_file(tensors, weights)
+    elif name == "nan":
+        save_file({**tensors, "model.norm.weight": torch.full((128,), float("nan"))}, weights)
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`command` in this process: without starting Python and PyTorch anew."""
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        try:
+            status = {"train.py": train, "eval.py": evaluation}[name].main()
+        except SystemExit as end:
+            status = end.code
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+    return run
+
+
+@pytest.mark.parametrize("name, fact", [
+    ("missing folder", "no config.json"), ("no config", "no config.json"), ("no tokenizer", "tokenizer.json"),
+    ("truncated", "model.safetensors"), ("wrong shape", "model.norm.weight"), ("missing tensor", "model.norm.weight"),
+])
+def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, here):
+    folder, kept = broken(tmp_path, name), tmp_path / "kept.json"
+    kept.write_text("old")
+    refused(here("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"),
+            str(folder), fact)
+    refused(here("eval.py", folder, "--samples", 1, "--json", kept), str(folder), fact)
+    if name == "truncated":     # once more as the user does it
+        refused(command("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"), fact)
+    assert not (tmp_path / "out").exists() and kept.read_text() == "old"
+
+
+@pytest.mark.parametrize("args, fact", [
+    (["train.py", "--cond", "other"], "--cond"), (["train.py"], "--cond"),
+    (["train.py", "--cond", "ref", "--nonsense", "1"], "--nonsense"),
+    (["train.py", "--cond", "ref", "--lr", "-1"], "--lr"), (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"),
+    (["train.py", "--cond", "ref", "--steps", "-1"], "--steps"), (["train.py", "--cond", "grpo", "--group", "1"], "--group"),
+    (["train.py", "--cond", "ref", "--divergence", "jsd", "--beta", "1"], "--beta"),
+    (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
+    (["eval.py", "--temperature", "nan"], "--temperature"),
+])
+def test_an_option_that_makes_no_sense_is_refused(args, fact, tmp_path, here):
+    out = "--out" if args[0] == "train.py" else "--json"
+    refused(here(*args, out, tmp_path / "out"), fact)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [["--cond", "ref", "--nonsense"], ["--cond", "ref", "--lr", "-1"]])
+def test_bad_options_end_the_process_with_status_2(args, tmp_path):
+    refused(command("train.py", *args, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_in_use_is_refused_and_left_alone(tmp_path, here):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    refused(here("train.py", "--cond", "ref", *SHORT, "--out", tmp_path), str(tmp_path),
+            "exists already")
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def no_space(size):
+    def before():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return before
+
+
+def test_without_disk_space_training_says_so_and_leaves_no_half_file(tmp_path):
+    result = command("train.py", "--cond", "ref", *SHORT, "--out", tmp_path / "out", before=no_space(100_000))
+    refused(result, "model.safetensors", "cannot be written")
+    assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out/best/model.safetensors").exists()
+
+
+def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
+    file = tmp_path / "numbers.json"
+    file.write_text("old")
+    refused(command("eval.py", "--split", "val", "--samples", 1, "--json", file, before=no_space(64)), str(file))
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
+
+
+@pytest.mark.parametrize("cond", ["ref", "grpo"])
+def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond):
+    """Under grpo all rewards are 0, so the loss is 0 and finite: the run went on to its end as if nothing was wrong."""
+    folder = broken(tmp_path, "nan")
+    result = command("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.match(r"train\.py: step 1: ", result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_a_diverging_run_names_the_step(tmp_path):
+    result = command("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4, "--lr", "1e30",
+                     "--out", tmp_path / "out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    step = int(re.match(r"train\.py: step (\d): ", result.stderr)[1])
+    assert 2 <= step <= 5
+    assert [row["step"] for row in rows(tmp_path / "out") if "loss" in row] == list(range(1, step))
+
+
+def test_an_interrupted_run_keeps_a_checkpoint_that_loads(tmp_path):
+    run = subprocess.Popen([sys.executable, "train.py", "--cond", "critique", "--batch", "4", "--eval-samples", "1",
+                            "--out", str(tmp_path / "out")], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE,          # a background shell starts its children with SIGINT ignored
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    for line in run.stdout:
+        if line.startswith("step    1/"):
+            run.send_signal(signal.SIGINT)
+            break
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors and "stopped after step" in errors
+    done = int(metadata(tmp_path / "out/last")["step"])
+    assert 1 <= done == max(row["step"] for row in rows(tmp_path / "out") if "loss" in row)
+    load(tmp_path / "out/last")

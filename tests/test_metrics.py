@@ -1,0 +1,51 @@
+"""Avg@k, Maj@k, Pass@k on answers written by hand, and the interval against its textbook approximation."""
+import math
+
+import numpy as np
+import pytest
+
+from sd.answers import final_answer
+from sd.metrics import bootstrap, majority, scores
+from sd.problems import Problem
+
+TEN = Problem("p", "5*2", "10")
+
+
+@pytest.mark.parametrize("answers, avg, maj, passed", [
+    (["10", "10", "9", "8"], 1 / 2, 1, 1),
+    (["10", "9", "9", "8"], 1 / 4, 0, 1),
+    (["10", "10", "9", "9"], 1 / 2, 1 / 2, 1),          # a tie shares
+    (["10", "9", "8", "7"], 1 / 4, 1 / 4, 1),
+    (["10", None, None, None], 1 / 4, 1, 1),            # no answer has no vote, but counts as wrong
+    ([None] * 4, 0, 0, 0),
+    (["9", "8", "8", "7"], 0, 0, 0),
+    (["10", "10.0", "9", "9"], 1 / 2, 1 / 2, 1),        # spellings of one number vote together
+    (["20/2", "10.0", "10", "9"], 3 / 4, 1, 1),
+])
+def test_scores_of_one_problem(answers, avg, maj, passed):
+    result = scores([answers], [TEN], np.full((1, 4), 7), np.zeros((1, 4)))
+    assert (result.avg[0], result.maj[0], result.passed[0]) == pytest.approx((avg, maj, passed))
+    assert majority(answers, "10") == pytest.approx(maj)
+
+
+def test_a_truncated_answer_that_is_not_closed_does_not_count():
+    texts = [("<answer> 10 </answer>", False), ("<answer> 10", True), ("<answer> 10", False)]
+    result = scores([[final_answer(*t) for t in texts]], [TEN], np.ones((1, 3)), np.array([[0, 1, 0]]))
+    assert result.avg[0] == pytest.approx(2 / 3)
+
+
+def test_the_summary_is_in_percent_over_problems():
+    lengths, truncated = np.array([[3, 5], [7, 9]]), np.array([[0, 0], [0, 1]])
+    got = scores([["10", "9"], ["9", "9"]], [TEN, TEN], lengths, truncated).summary()
+    assert (got["problems"], got["samples"], got["mean_length"], got["truncated"]) == (2, 2, 6, 25)
+    assert [got[f"{name}@2"]["mean"] for name in ("avg", "maj", "pass")] == [25, 25, 50]
+    assert got["avg@2"]["low"] == 0 and got["avg@2"]["high"] == 50
+
+
+def test_the_bootstrap_interval_is_close_to_the_normal_approximation():
+    values = np.array([1.0] * 120 + [0.0] * 280)        # p = 0.3, n = 400: half-width 1.96 sqrt(p (1 - p) / n)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    low, high = bootstrap(values)
+    assert low == pytest.approx(0.3 - half, abs=0.004) and high == pytest.approx(0.3 + half, abs=0.004)
+    assert bootstrap(values) == (low, high)             # the same every time
+    assert bootstrap(np.ones(5)) == (1, 1)

@@ -1,0 +1,69 @@
+"""The shipped problems and what the solver's corpus believes; all facts are worked out anew here."""
+import random
+import re
+
+import pytest
+
+from sd.checkpoint import EMBEDDED
+from sd.problems import embedded
+from sd.times_table import CHANCE, HARD, PAIRS, belief
+
+SPLITS = {split: embedded(split) for split in ("train", "val", "test")}
+ALL = [problem for problems in SPLITS.values() for problem in problems]
+
+
+def products(text, sign):
+    return [(int(a), int(b)) for a, b in re.findall(rf"(\d+){sign}(\d+)", text)]
+
+
+def test_sizes_and_ids():
+    assert {split: len(problems) for split, problems in SPLITS.items()} == {"train": 282, "val": 100, "test": 200}
+    assert len({p.id for p in ALL}) == 582
+
+
+def test_no_two_problems_have_the_same_facts_in_any_order():
+    facts = {frozenset(frozenset(pair) for pair in products(p.problem, r"\*")) for p in ALL}
+    assert len(facts) == 582
+
+
+def test_every_answer_is_true():
+    for p in ALL:
+        pairs = products(p.problem, r"\*")
+        assert p.problem == " + ".join(f"{a}*{b}" for a, b in pairs) and len(pairs) == 3
+        assert all(2 <= f <= 12 for pair in pairs for f in pair) and int(p.answer) == sum(a * b for a, b in pairs)
+
+
+def test_every_reference_is_true_prose_about_the_same_products():
+    for p in ALL:
+        parts = re.fullmatch(r"first (.*), then (.*), then (.*), so (\d+) is correct", p.solution).groups()
+        said = [tuple(map(int, re.fullmatch(r"(\d+) multiplied by (\d+) makes (\d+)", s).groups())) for s in parts[:3]]
+        assert all(a * b == value for a, b, value in said) and parts[3] == p.answer
+        assert sorted((a, b) for a, b, _ in said) == sorted(products(p.problem, r"\*"))
+        assert "<" not in p.solution and "*" not in p.solution and "=" not in p.solution
+
+
+def test_a_reference_takes_another_order_about_half_the_time():
+    """Own order with 1/2, else random of 6: another order with 5/12, give or take 4 standard deviations (0.02)."""
+    other = sum(products(p.solution, " multiplied by ") != products(p.problem, r"\*") for p in ALL) / len(ALL)
+    assert other == pytest.approx(5 / 12, abs=0.08)
+
+
+def test_the_embedded_solver_is_small():
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    assert sum((EMBEDDED / name).stat().st_size for name in names) <= 4 * 2**20
+
+
+def test_half_of_the_pairs_are_hard():
+    assert len(PAIRS) == 66 and len(HARD) == 33 and HARD < set(PAIRS)
+
+
+def test_the_corpus_is_always_right_on_easy_pairs_and_rarely_on_hard_ones():
+    rng, right, count = random.Random(1), 0, 0
+    for a, b in [(a, b) for a, b in PAIRS] + [(b, a) for a, b in PAIRS]:
+        values = [belief((a, b), rng) for _ in range(50)]
+        if (min(a, b), max(a, b)) in HARD:
+            right, count = right + values.count(a * b), count + 50
+            assert all(v > 1 for v in values) and len(set(values)) <= 9
+        else:
+            assert set(values) == {a * b}
+    assert right / count == pytest.approx(CHANCE, abs=0.021)       # 4 standard deviations of 3,300 draws
