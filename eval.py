@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this context")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
-    if args.samples < 1 or args.max_new_tokens < 1 or args.temperature < 0:
+    if args.samples < 1 or args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
         parser.error("--samples and --max-new-tokens must be 1 or more, --temperature 0 or more")
     return args
 

@@ -43,6 +43,8 @@ def train(config: Config, run: "RunFolder") -> None:
     order = data_order(config, len(problems))
     steps = len(order) // config.batch
     steps = min(config.steps, steps) if config.steps else steps
+    if steps == 0:
+        raise UserError(f"--batch {config.batch} is more than all epochs hold ({len(order)} problems); lower it")
     run.begin(student, steps)
 
     for step in range(steps + 1):
@@ -58,6 +60,10 @@ def train(config: Config, run: "RunFolder") -> None:
         group = config.rollouts_per_problem
         rollouts = sample(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
                           generator(config.seed, "rollouts", step))
+
+        if not torch.isfinite(rollouts.logprobs).all():     # grpo's loss would be 0: nothing is right, so no gradient
+            raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; nothing was updated. "
+                                     "Lower --lr, or look at the weights of --model")
 
         # 2. feedback: the one place where the conditions differ
         owners = [p for p in batch for _ in range(group)]
@@ -145,28 +151,28 @@ class RunFolder:
 
 
 def main() -> int:
-    run = None
+    run, status, message = None, 0, ""
     try:
         config = parse_config(__doc__.split("\n")[0])
         run = RunFolder(config)
         train(config, run)
-        run.close()
-        print(f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; now on the test problems:\n"
-              f"  python eval.py {run.path}/best")
-        return 0
+        message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; now on the test problems:\n"
+                   f"  python eval.py {run.path}/best")
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
-        run.close()
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, f"train.py: {error}"
     except KeyboardInterrupt:
+        kept = f"; kept what there is in {run.path}" if run and run.student is not None else ""
+        status, message = 130, f"\nstopped after step {run.done if run else 0}{kept}"
+    try:
         if run is not None:
             run.close()
-        print(f"\nstopped after step {run.done if run else 0}"
-              f"{f'; kept what there is in {run.path}' if run and run.student is not None else ''}", file=sys.stderr)
-        return 130
+    except UserError as error:
+        message += f"\ntrain.py: {error}"
+        status = status or 2
+    print(message, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 if __name__ == "__main__":

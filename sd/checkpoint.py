@@ -57,6 +57,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: scaled rotary positions ({rope}) are not supported")
     if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window"):
         raise UserError(f"{path}: only hidden_act silu and full attention are supported")
+    if raw["num_attention_heads"] % raw["num_key_value_heads"]:
+        raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
+    if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
+        raise UserError(f"{path}: rms_norm_eps must be a number, not {raw['rms_norm_eps']!r}")
     return ModelConfig(
         **{name: raw[name] for name in SIZES},
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],

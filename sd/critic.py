@@ -79,9 +79,10 @@ class SymbolicCritic:
 
 def _habits(written: list[Step], products: int) -> tuple[bool, bool]:
     """The solver's notation (in words?) and plan (sums as soon as possible?), read off its own steps."""
-    equations = [e for e in (tt.read_equation(step.text) for step in written) if e is not None]
+    read = [tt.read_equation(step.text) for step in written]
+    equations = [e for e in read if e is not None]
     words = bool(equations) and equations[-1].words
-    first_sum = next((i for i, e in enumerate(equations) if not e.product), None)
+    first_sum = next((i for i, e in enumerate(read) if e is not None and not e.product), None)  # unreadable steps count
     if first_sum is not None:
         return words, first_sum < products
     return words, words and len(equations) < 3      # too early to see: words go with adding as one goes

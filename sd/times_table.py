@@ -18,7 +18,7 @@ HARD = frozenset(random.Random(2606).sample(PAIRS, len(PAIRS) // 2))
 CHANCE = 0.07                                       # how often the corpus is right on a hard pair
 
 Pair = tuple[int, int]
-EQUATION = re.compile(r"(\d{1,4})(\*|\+| times | plus )(\d{1,4})(=| is | gives )(\d{1,5})")
+EQUATION = re.compile(r"(\d{1,6})(\*|\+| times | plus )(\d{1,6})(=| is | gives )(\d{1,6})")
 NOTATION = {("*", "="): False, ("+", "="): False, (" times ", " is "): True, (" plus ", " gives "): True}
 
 

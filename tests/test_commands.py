@@ -142,6 +142,11 @@ def broken(tmp_path, name):
         (folder / "config.json").unlink()
     elif name == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    elif name in ("heads", "scaled positions", "epsilon"):
+        entry = {"heads": {"num_key_value_heads": 3}, "epsilon": {"rms_norm_eps": None},
+                 "scaled positions": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}}[name]
+        config = json.loads((folder / "config.json").read_text()) | entry
+        (folder / "config.json").write_text(json.dumps(config))
     elif name == "truncated":
         os.truncate(weights, 100_000)
     elif name == "wrong shape":
@@ -167,8 +172,18 @@ def here(monkeypatch, capsys):
     return run
 
 
+def test_eval_of_several_checkpoints_gives_mean_and_spread(runs, here, tmp_path):
+    folders = [runs[name][0] / "last" for name in ("critique", "seed 1")]
+    result = here("eval.py", *folders, "--split", "val", "--samples", 1, "--json", tmp_path / "n.json")
+    first, second = (row["avg@1"]["mean"] for row in json.loads((tmp_path / "n.json").read_text()))
+    mean, spread = re.search(r"over 2 checkpoints\n  Avg@1 +([\d.]+) ± ([\d.]+)", result.stdout).groups()
+    assert float(mean) == pytest.approx((first + second) / 2, abs=0.01)
+    assert float(spread) == pytest.approx(abs(first - second) / 2 ** 0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("name, fact", [
     ("missing folder", "no config.json"), ("no config", "no config.json"), ("no tokenizer", "tokenizer.json"),
+    ("heads", "num_key_value_heads"), ("scaled positions", "rotary"), ("epsilon", "rms_norm_eps"),
     ("truncated", "model.safetensors"), ("wrong shape", "model.norm.weight"), ("missing tensor", "model.norm.weight"),
 ])
 def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, here):
@@ -238,6 +253,10 @@ def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond):
     result = command("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert re.match(r"train\.py: step 1: ", result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
+    refused(here("train.py", "--cond", "ref", "--batch", "5000", "--out", tmp_path / "run"), "--batch 5000")
 
 
 def test_a_diverging_run_names_the_step(tmp_path):

@@ -115,3 +115,4 @@ def test_group_advantages_by_hand_and_zero_for_equal_rewards():
     out = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]]))
     assert out.flatten().tolist() == pytest.approx([0.75 / sqrt(3 / 16), *[-0.25 / sqrt(3 / 16)] * 3,
                                                     *[0.0] * 8, 1, -1, 1, -1], abs=1e-6)
+    assert group_advantages(torch.full((1, 8), 0.1)).abs().max() == 0       # its float32 standard deviation is not 0
