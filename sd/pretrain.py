@@ -6,8 +6,8 @@ quarter has a reference solution, a quarter a critique. Three things make the co
 - their values are arbitrary for hard pairs and for a third of the easy ones: only copying from the context is right;
 - 40 % of the traces contain slips, wrong values or misread factors that are no targets, and go on consistently: a
   self-teacher is asked about the student's own prefix, errors included, and must stay sane after one;
-- half of the traces under a reference follow it, in its order and in words, as a language model does that has just read
-  one; the other half keep the solver's own order and notation: a teacher must be able to read off the reference's path.
+- a third of the traces under a reference follow it, in its order and in words, as a language model does that has just
+  read one; the others keep the solver's own order and notation: a teacher must be able to read off the reference's path.
 """
 import argparse
 import json
@@ -31,11 +31,11 @@ from sd.model import Transformer
 from sd.problems import Problem, read_problems
 from sd.tokenizer import CONTROL, Tokenizer
 
-WORDS, SHUFFLED = 0.2, 0.05             # shares of the solver's traces: in words and interleaved; in another order
+WORDS = 0.2                             # share of the solver's traces that are in words and interleaved
 SLIP = 0.4                              # share of context examples with wrong products in the trace
 MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
-FOLLOW = 0.5                            # share of reference examples whose trace follows the reference: its order, in words
+FOLLOW = 1 / 3                          # share of reference examples whose trace follows the reference: its order, in words
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 256,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
           "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
@@ -68,7 +68,7 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
     """One training example: prompt ids, completion ids (EOS included), and which completion tokens are targets."""
     pairs = random_pairs(rng)
     words = rng.random() < WORDS
-    order = rng.sample(pairs, len(pairs)) if rng.random() < SHUFFLED else list(pairs)
+    order = list(pairs)
     problem = tt.write_problem(pairs)
     if kind is None:
         equations = tt.derive(tt.State(order), words, words, lambda pair: tt.belief(pair, rng))

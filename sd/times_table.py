@@ -2,7 +2,7 @@
 
 A problem is `7*8 + 6*9 + 3*4`. The solver's house notation writes all products first and then running sums,
 `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`; a minority of its corpus is in words and adds as it goes,
-`7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs ("hard") the corpus is right 7 % of the time
+`7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs ("hard") the corpus is right 5 % of the time
 and otherwise makes one of eight usual mistakes: the solver does not know 7*8, and what it learns on one problem serves all.
 
 Everything here is arithmetic on equations: `derive` continues a derivation from any state (the corpus, the references
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 LOW, HIGH = 2, 12                                   # factors
 PAIRS = [(a, b) for a in range(LOW, HIGH + 1) for b in range(a, HIGH + 1)]
 HARD = frozenset(random.Random(2606).sample(PAIRS, len(PAIRS) // 2))
-CHANCE = 0.07                                       # how often the corpus is right on a hard pair
+CHANCE = 0.05                                       # how often the corpus is right on a hard pair
 
 Pair = tuple[int, int]
 EQUATION = re.compile(r"(\d{1,6})(\*|\+| times | plus )(\d{1,6})(=| is | gives )(\d{1,6})")
