@@ -49,9 +49,13 @@ class SymbolicCritic:
         answered = trace.answer is not None and (trace.answer.closed or not truncated)
         words, interleaved = _habits(written, len(pairs))
 
-        state = tt.State(_own_order(written, pairs))
-        verdicts = tt.check(state, [step.text for step in written])
-        wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind == "wrong"), None)
+        # a true step said twice is superfluous in a right rollout, but stands in another's place in a wrong one
+        wrong_kinds = {"wrong", "again"} if answered and not equal(trace.answer.text, problem.answer) else {"wrong"}
+        order, texts = _own_order(written, pairs), [step.text for step in written]
+        verdicts = tt.check(tt.State(list(order)), texts)
+        wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind in wrong_kinds), None)
+        state = tt.State(list(order))
+        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])      # where the derivation stands before it
         condense = wrong is None and not answered           # case C
         texts, inserted = [], False
         for verdict, step in zip(verdicts[:wrong], written):
@@ -89,14 +93,22 @@ def _habits(written: list[Step], products: int) -> tuple[bool, bool]:
 
 
 def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:
-    """The products in the order in which the solver takes them, then those that it does not mention."""
+    """The products in the order in which the solver takes them.
+
+    A step that is none of them (a misread factor, a product said twice) stands for one that the solver never takes: in
+    `7*8 + 6*9 + 3*4`, the steps 7*8, 7*9, 3*4 mean 7*8, 6*9, 3*4. Correcting 7*9 into 3*4, the next one left, would
+    reward the solver for a scrambled order, and it does learn that.
+    """
     order, left = [], list(pairs)
     for equation in (tt.read_equation(step.text) for step in written):
-        match = equation and equation.product and tt.find(left, equation)
+        if equation is not None and not equation.product:
+            continue
+        match = tt.find(left, equation) if equation is not None else None
+        order.append((equation.left, equation.right) if match else None)
         if match:
             left.remove(match)
-            order.append((equation.left, equation.right))
-    return order + left
+    order = [pair or (left.pop(0) if left else None) for pair in order]
+    return [pair for pair in order if pair] + left
 
 
 def _corrected(state: tt.State, equation: tt.Equation | None) -> tt.Equation | None:
