@@ -30,7 +30,7 @@ class Config:
     temperature: float = option(1.1, "of the rollouts, and of both distributions in the loss")
     max_new_tokens: int = option(80, "tokens a rollout may have")
     # the optimisation
-    lr: float = option(1e-4, "AdamW's learning rate, constant")
+    lr: float = option(4e-4, "AdamW's learning rate, constant")
     batch: int = option(32, "problems per step")
     epochs: int = option(7, "passes over the training problems")
     steps: int = option(0, "stop after so many steps (0: after the epochs)")
