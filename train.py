@@ -169,7 +169,8 @@ def main() -> int:
         if run is not None:
             run.close()
     except UserError as error:
-        message += f"\ntrain.py: {error}"
+        if status != 2:                     # else the first failed write has been told
+            message += f"\ntrain.py: {error}"
         status = status or 2
     print(message, file=sys.stderr if status else sys.stdout)
     return status
