@@ -21,9 +21,9 @@ from sd.checkpoint import EMBEDDED, load, save_model, write_atomic
 from sd.conditions import Teacher, accumulate, feedback
 from sd.config import Config, parse_config
 from sd.critic import SymbolicCritic
-from sd.metrics import evaluate, generator
+from sd.metrics import evaluate
 from sd.problems import Problem, embedded
-from sd.sampling import sample
+from sd.sampling import sample, uniforms
 
 LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 
@@ -59,7 +59,7 @@ def train(config: Config, run: "RunFolder") -> None:
         prompts = [tokenizer.student_prompt(p.problem) for p in batch]
         group = config.rollouts_per_problem
         rollouts = sample(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
-                          generator(config.seed, "rollouts", step))
+                          uniforms(len(prompts) * group, config.max_new_tokens, config.seed, "rollouts", step))
 
         if not torch.isfinite(rollouts.logprobs).all():     # grpo's loss would be 0: nothing is right, so no gradient
             raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; nothing was updated. "

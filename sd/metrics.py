@@ -4,17 +4,15 @@ For one problem with k sampled answers: Avg@k is the share that is right; Pass@k
 most frequent answer is right, and its share of the tie if several are equally frequent (the expectation of breaking the
 tie at random). A rollout without a final answer is wrong and has no vote.
 """
-import random
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from sd.answers import equal, final_answer
 from sd.critic import SymbolicCritic
 from sd.model import Transformer
 from sd.problems import Problem
-from sd.sampling import sample
+from sd.sampling import sample, uniforms
 from sd.tokenizer import Tokenizer
 
 ROWS = 400      # rollouts sampled at once: bounds the memory of an evaluation
@@ -62,34 +60,28 @@ def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def generator(seed: int, *purpose) -> torch.Generator:
-    """An independent random stream per (seed, purpose): a resumed run needs no generator state, only the step."""
-    bits = random.Random(" ".join(map(str, (seed, *purpose)))).getrandbits(63)
-    return torch.Generator().manual_seed(bits)
-
-
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float,
              max_new_tokens: int, seed: int, context: str | None = None) -> Scores:
     """Samples every problem `samples` times. With `context`, the self-teacher's prompt: "ref" shows the solution,
     "critique" the symbolic critique of a rollout that is sampled first."""
-    generate = generator(seed, "evaluate", context)
     per_call = max(1, ROWS // samples)
     answers, lengths, truncated = [], [], []
     for start in range(0, len(problems), per_call):
         part = problems[start:start + per_call]
+        noise = uniforms(len(part) * samples, max_new_tokens, seed, "evaluate", start)
         if context is None:
             prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
         elif context == "ref":
             prompts, group = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part], samples
         else:
             first = sample(model, [tokenizer.student_prompt(p.problem) for p in part], tokenizer.eos, max_new_tokens,
-                           temperature, samples, generate)
+                           temperature, samples, uniforms(*noise.shape, seed, "evaluate first", start))
             owners = [p for p in part for _ in range(samples)]
             texts = map(tokenizer.decode, first.completions())
             critiques = map(SymbolicCritic(), owners, texts, first.truncated.tolist())
             prompts, group = [tokenizer.teacher_prompt(p.problem, "critique", c.text)
                               for p, c in zip(owners, critiques)], 1
-        rollouts = sample(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, generate)
+        rollouts = sample(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, noise)
         cut = rollouts.truncated.tolist()
         answers += [final_answer(tokenizer.decode(c), t) for c, t in zip(rollouts.completions(), cut)]
         lengths += rollouts.lengths.tolist()

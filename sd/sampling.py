@@ -5,7 +5,11 @@ prompt, and slots beyond a row's position are masked, so no pad is ever seen. A 
 GRPO group, Avg@k) is prefilled once. Rows that reached EOS are dropped from the batch now and then, so a short rollout
 does not wait for a long one at full cost. Only temperature shapes the distribution: top-p and top-k would bias the
 log-probabilities that the loss relies on.
+
+Chance comes in as one uniform number per rollout and token, made beforehand from a seed. So a rollout does not depend on
+which others share its batch, on the number of processes, or on the device; and a resumed run needs no generator state.
 """
+import random
 from dataclasses import dataclass
 
 import torch
@@ -35,25 +39,36 @@ def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
 
 
-def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def uniforms(rows: int, tokens: int, seed: int, *purpose) -> Tensor:
+    """Uniform numbers in [0, 1), (rows, tokens) in float64 on the CPU: an independent stream per (seed, purpose)."""
+    bits = random.Random(" ".join(map(str, (seed, *purpose)))).getrandbits(63)
+    return torch.rand(rows, tokens, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Samples from softmax(logits / temperature) (N, V): ids (N) and their log-probabilities (N). 0 means greedy.
 
-    Exponential races: argmax_v p_v / E_v with E_v = -log(uniform) ~ Exp(1) is a categorical draw, without a host round
-    trip. The uniform is below 1, so no E_v is 0 (a 0 would let any token win, however improbable).
+    By the inverse of the cumulative distribution at `uniform` (N), without a host round trip. In float64: in float32 the
+    sum over a large vocabulary rounds away what its rare tokens have.
     """
     logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)                 # (N, V)
     if temperature == 0:
         ids = logprobs.argmax(-1)
     else:
-        race = torch.rand(logprobs.shape, generator=generator, device=logits.device).log_().neg_()
-        ids = (logprobs - race.log_()).argmax(-1)                                           # (N)
+        cumulative = logprobs.double().exp_().cumsum(-1)                                    # (N, V)
+        at = uniform.unsqueeze(-1) * cumulative[:, -1:]
+        ids = torch.searchsorted(cumulative, at, right=True).squeeze(-1)                    # (N)
+        ids = ids.clamp(max=logits.size(-1) - 1)            # only NaN logits get there; the caller sees them in logprobs
     return ids, logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()
 def sample(model: Transformer, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature: float = 1.0,
-           group: int = 1, generator: torch.Generator | None = None) -> Rollouts:
-    """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens."""
+           group: int = 1, noise: Tensor | None = None) -> Rollouts:
+    """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens.
+
+    `noise` (prompts * group, max_new_tokens) are numbers from `uniforms`; None draws fresh ones.
+    """
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (P)
     cache = Cache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, model.lm_head.weight)
@@ -67,10 +82,11 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int, max_new_token
     out = Rollouts(torch.zeros(N, max_new_tokens, dtype=torch.long, device=device),
                    torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, max_new_tokens, device=device),
                    torch.ones(N, dtype=torch.bool, device=device))
+    noise = (torch.rand(N, max_new_tokens, dtype=torch.float64) if noise is None else noise).to(device)
     rows = torch.arange(N, device=device)           # which rollout a row of the shrinking batch belongs to
     going = torch.ones(N, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        ids, logprobs = draw(logits, temperature, generator)                                # (rows), (rows)
+        ids, logprobs = draw(logits, temperature, noise[rows, t])                                # (rows), (rows)
         out.ids[rows, t] = ids * going              # a finished row samples on until it is dropped: write pads
         out.logprobs[rows, t] = logprobs * going
         out.lengths[rows] += going

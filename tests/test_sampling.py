@@ -5,7 +5,7 @@ import torch
 from sd import losses
 from sd.conditions import completion_hidden
 from sd.model import ModelConfig, Transformer
-from sd.sampling import draw, sample
+from sd.sampling import draw, sample, uniforms
 
 CONFIG = ModelConfig(vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64,
@@ -36,10 +36,6 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 @torch.no_grad()
 def greedy(model, prompt, limit=LIMIT):
     ids = list(prompt)
@@ -68,19 +64,19 @@ def test_ragged_prompts_sampled_together_equal_one_by_one_even_if_memory_held_na
 
 
 def test_stops_at_eos_counts_it_and_flags_what_ran_out_of_tokens(model):
-    out = sample(model, PROMPTS, EOS, 12, 1.5, 4, generator(0))
+    out = sample(model, PROMPTS, EOS, 12, 1.5, 4, uniforms(40, 12, 0))
     assert 0 < out.truncated.sum() < len(out.truncated)
     for ids, n, logprobs, cut, c in zip(out.ids, out.lengths.tolist(), out.logprobs, out.truncated, out.completions()):
         assert len(c) == n and EOS not in c[:-1]
         assert (n == 12 and c[-1] != EOS) if cut else c[-1] == EOS
         assert not ids[n:].any() and not logprobs[n:].any() and (logprobs[:n] < 0).all()
-    first = sample(model, [PROMPTS[0]], out.completions()[0][0], 12, temperature=1.5, generator=generator(0))
+    first = sample(model, [PROMPTS[0]], out.completions()[0][0], 12, temperature=1.5, noise=uniforms(40, 12, 0))
     assert first.ids.shape[1] == first.lengths.max()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
 def test_logprobs_are_those_the_loss_computes_on_the_same_ids(model, temperature):
-    out = sample(model, PROMPTS, EOS, LIMIT, temperature, 2, generator(1))
+    out = sample(model, PROMPTS, EOS, LIMIT, temperature, 2, uniforms(20, LIMIT, 1))
     completions = out.completions()
     assert min(map(len, completions)) < 8 < max(map(len, completions))
     with torch.no_grad():
@@ -93,7 +89,7 @@ def test_logprobs_are_those_the_loss_computes_on_the_same_ids(model, temperature
 def test_a_group_continues_its_own_prompt_with_the_distribution_of_single_samples(model):
     greedily = sample(model, PROMPTS, EOS, LIMIT, temperature=0, group=3)
     assert greedily.completions() == [greedy(model, p) for p in PROMPTS for _ in range(3)]
-    out = sample(model, PROMPTS[:2], EOS, 2, 1.3, 4000, generator(2))
+    out = sample(model, PROMPTS[:2], EOS, 2, 1.3, 4000, uniforms(8000, 2, 2))
     for prompt, ids in zip(PROMPTS, out.ids.view(2, 4000, -1)):
         with torch.no_grad():
             first = (model(torch.tensor([prompt]))[0, -1] / 1.3).softmax(-1)
@@ -106,13 +102,26 @@ def test_a_group_continues_its_own_prompt_with_the_distribution_of_single_sample
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_softmax_of_logits_over_temperature(temperature):
     logits = torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])
-    ids, logprobs = draw(logits.expand(20_000, 5), temperature, generator(0))
+    ids, logprobs = draw(logits.expand(20_000, 5), temperature, uniforms(20_000, 1, 0)[:, 0])
     expected = (logits / temperature).softmax(-1)
     assert chi_square(ids, expected) < 24                                           # 4 degrees of freedom, p = 8e-5
     torch.testing.assert_close(logprobs, expected.log()[ids])
 
 
 def test_the_seed_decides_the_samples(model):
-    one, same, other = (sample(model, PROMPTS, EOS, LIMIT, 1.0, 2, generator(seed)) for seed in (5, 5, 6))
+    one, same, other = (sample(model, PROMPTS, EOS, LIMIT, 1.0, 2, uniforms(20, LIMIT, seed)) for seed in (5, 5, 6))
     assert one.completions() == same.completions() != other.completions()
     assert torch.equal(one.logprobs, same.logprobs)
+
+
+def test_a_rollout_does_not_depend_on_the_others_in_its_batch(model):
+    """So one process and two, or another memory limit, train on the same rollouts."""
+    noise = uniforms(20, LIMIT, 7)
+    together = sample(model, PROMPTS, EOS, LIMIT, 1.2, 2, noise).completions()
+    apart = [sample(model, PROMPTS[i:i + 3], EOS, LIMIT, 1.2, 2, noise[2 * i:2 * i + 6]).completions() for i in (0, 3, 6, 9)]
+    assert together == sum(apart, [])
+
+
+def test_the_ends_of_the_interval_never_draw_an_impossible_token():
+    logits = torch.tensor([[float("-inf"), 1.0, float("-inf"), 2.0, float("-inf")]]).expand(2, 5)
+    assert draw(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64))[0].tolist() == [1, 3]
