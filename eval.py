@@ -4,6 +4,7 @@
     python eval.py runs/ref-seed0/best        after
     python eval.py runs/ref-seed*/best        several seeds: each, then mean and standard deviation over them
     python eval.py --context critique         the self-teacher: the same solver, shown a critique of its own rollout
+    python eval.py Qwen3-1.7B --test test.jsonl --max-new-tokens 2048 --dtype bfloat16
 """
 import argparse
 import json
@@ -12,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from sd import UserError
 from sd.checkpoint import EMBEDDED, load, write_atomic
-from sd.config import Config
+from sd.config import Config, pick_device
 from sd.metrics import evaluate
-from sd.problems import embedded
+from sd.problems import embedded, read_problems
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,27 +30,39 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=12, help="k: rollouts per problem (default: 12)")
     parser.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens, help="(default: %(default)s)")
+    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch, help="rollouts at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this context")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="problems, JSONL (default: the embedded ones)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which of the embedded problems")
+    parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this context, a "
+                        "reference solution or a symbolic critique")
+    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
-    if args.samples < 1 or args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
-        parser.error("--samples and --max-new-tokens must be 1 or more, --temperature 0 or more")
+    if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 <= args.temperature < float("inf"):
+        parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, --temperature 0 or more")
     return args
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Evaluates one checkpoint and prints what it found."""
     start = time.time()
-    model, tokenizer, _ = load(folder)
-    result = evaluate(model, tokenizer, embedded(args.split), args.samples, args.temperature, args.max_new_tokens,
-                      args.seed, args.context).summary()
-    result = {"folder": str(folder), "split": args.split, "context": args.context, "seed": args.seed,
+    model, tokenizer, shape = load(folder, getattr(torch, args.dtype), pick_device(args.device))
+    problems = read_problems(args.test) if args.test else embedded(args.split)
+    if args.context == "ref" and (without := sum(not p.solution for p in problems)):
+        raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")
+    longest = max(problems, key=lambda p: len(p.problem))
+    if len(tokenizer.student_prompt(longest.problem)) + args.max_new_tokens > shape.max_position_embeddings:
+        raise UserError(f"problem {longest.id!r}: does not fit the model's {shape.max_position_embeddings} tokens beside "
+                        "--max-new-tokens; lower that")
+    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, args.max_new_tokens, args.seed,
+                      args.context, rows=args.sample_batch).summary()
+    data = str(args.test or args.split)
+    result = {"folder": str(folder), "split": data, "context": args.context, "seed": args.seed,
               "temperature": args.temperature, **result, "seconds": round(time.time() - start, 1)}
     who = f"self-teacher with {args.context}" if args.context else "student"
-    print(f"{folder} ({who}): {result['problems']} {args.split} problems, {args.samples} samples each, "
-          f"{result['seconds']} s")
+    print(f"{folder} ({who}): {result['problems']} {data} problems, {args.samples} samples each, {result['seconds']} s")
     for name in metric_names(args.samples):
         m = result[name]
         print(f"  {name.capitalize():8s} {m['mean']:6.2f}   95 % interval {m['low']:6.2f} to {m['high']:6.2f}")

@@ -1,29 +1,34 @@
 """Trains a solver in one of three conditions that differ in feedback alone (Kara & Ersoy, arXiv 2606.11173).
 
     python train.py --cond ref
+    python train.py --preset paper --cond critique --model Qwen3-1.7B --data train.jsonl --val val.jsonl
+    torchrun --nproc-per-node 2 train.py --cond grpo          rollouts split over processes
+    python train.py --resume runs/ref-seed0                   goes on where that run stopped, to the same numbers
 
-Read `train` top to bottom: sample, feedback, loss, step, log. It writes a run folder:
-    config.json  metrics.jsonl (a line a step)  rollouts.jsonl (samples)  best/ (by validation)  last/
+Read `train` top to bottom: sample, feedback, loss, step, log.
 """
-import json
 import math
 import random
 import sys
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from sd import UserError
 from sd.answers import equal, final_answer
-from sd.checkpoint import EMBEDDED, load, save_model, write_atomic
-from sd.conditions import Teacher, accumulate, feedback
+from sd.checkpoint import EMBEDDED, load
+from sd.conditions import Teacher, accumulate, feedback, frozen_copy
 from sd.config import Config, parse_config
-from sd.critic import SymbolicCritic
+from sd.critic import Critic, SymbolicCritic
+from sd.lora import add_lora
 from sd.metrics import evaluate
-from sd.problems import Problem, embedded
-from sd.sampling import sample, uniforms
+from sd.plan import plan
+from sd.problems import Problem, embedded, read_problems
+from sd.ranks import Ranks
+from sd.runs import RunFolder, Signals, Stop
+from sd.sampling import sample_in_parts, uniforms
+from sd.scribe import LocalCritic, ServerCritic
+from sd.tokenizer import Tokenizer
 
 LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 
@@ -34,34 +39,70 @@ def data_order(config: Config, count: int) -> list[int]:
     return [i for _ in range(config.epochs) for i in rng.sample(range(count), count)]
 
 
-def train(config: Config, run: "RunFolder") -> None:
-    student, tokenizer, _ = load(config.model or EMBEDDED)
-    teacher = Teacher(config.teacher, student, config.ema_decay)
-    critic = SymbolicCritic(config.quoting)
-    problems, validation = embedded("train"), embedded("val")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
+def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Problem], list[Problem]]:
+    """Training and validation problems. Raises UserError if a prompt is too long or `ref` lacks solutions."""
+    problems = read_problems(Path(config.data)) if config.data else embedded("train")
+    validation = read_problems(Path(config.val)) if config.val else embedded("val")
+    for p in problems + validation:
+        if (length := len(tokenizer.student_prompt(p.problem))) > limit:
+            raise UserError(f"problem {p.id!r}: its prompt has {length} tokens, {limit} fit the model beside "
+                            "--max-new-tokens; remove it or lower that")
+    if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
+        raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have no solution to show")
+    return problems, validation
+
+
+def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer) -> Critic | None:
+    """The frozen critic; `self` is the initial policy, which shares what it can with the student and the self-teacher."""
+    if config.cond != "critique":
+        return None
+    if config.critic == "symbolic":
+        return SymbolicCritic(config.quoting)
+    if "://" in config.critic:
+        return ServerCritic(config.critic, "", config.critic_tokens)
+    if config.critic == "self":
+        policy = teacher.model if config.teacher == "base" else frozen_copy(student)
+    else:
+        policy, tokenizer, _ = load(config.critic, config.torch_dtype, config.torch_device)
+    return LocalCritic(policy, tokenizer, config.critic_tokens, config.sample_batch)
+
+
+def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> None:
+    student, tokenizer, shape = load(config.model or EMBEDDED, config.torch_dtype, ranks.device)
+    if config.lora_rank:
+        add_lora(student, config.lora_rank, config.lora_alpha, config.seed)
+    student.recompute = config.recompute
+    teacher = Teacher(config.teacher if config.cond != "grpo" else "live", student, config.ema_decay)
+    critic = open_critic(config, student, teacher, tokenizer)
+    limit = shape.max_position_embeddings - config.max_new_tokens       # tokens a prompt may have
+    problems, validation = read_data(config, tokenizer, limit)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
     order = data_order(config, len(problems))
     steps = len(order) // config.batch
     steps = min(config.steps, steps) if config.steps else steps
-    if steps == 0:
-        raise UserError(f"--batch {config.batch} is more than all epochs hold ({len(order)} problems); lower it")
-    run.begin(student, steps)
+    if steps == 0 or config.batch < ranks.world:
+        raise UserError(f"--batch {config.batch} must be between the number of processes ({ranks.world}) and the problems of "
+                        f"all epochs ({len(order)})")
+    begin, group = run.begin(student, optimizer, teacher, steps), config.rollouts_per_problem
 
-    for step in range(steps + 1):
-        if step % config.eval_every == 0 or step == steps:
-            run.evaluated(step, student, evaluate(student, tokenizer, validation, config.eval_samples,
-                                                  config.temperature, config.max_new_tokens, config.seed))
+    for step in range(begin, steps + 1):
+        if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
+            scores = evaluate(student, tokenizer, validation, config.eval_samples, config.temperature,
+                              config.max_new_tokens, config.seed, rows=config.sample_batch, ranks=ranks)
+            with signals.shielded():
+                run.evaluated(step, scores)
         if step == steps:
             break
 
-        # 1. sample: the student answers, alone
-        batch = [problems[i] for i in order[step * config.batch:(step + 1) * config.batch]]
+        # 1. sample: the student answers, alone; each rank its share of the batch
+        share = ranks.share(config.batch)
+        batch = [problems[i] for i in order[step * config.batch:(step + 1) * config.batch][share]]
         prompts = [tokenizer.student_prompt(p.problem) for p in batch]
-        group = config.rollouts_per_problem
-        rollouts = sample(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
-                          uniforms(len(prompts) * group, config.max_new_tokens, config.seed, "rollouts", step))
-
-        if not torch.isfinite(rollouts.logprobs).all():     # grpo's loss would be 0: nothing is right, so no gradient
+        noise = uniforms(config.batch * group, config.max_new_tokens, config.seed, "rollouts", step)
+        rollouts = sample_in_parts(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
+                                   noise[share.start * group:share.stop * group], config.sample_batch)
+        if ranks.total(float(not torch.isfinite(rollouts.logprobs).all())):     # grpo's loss would be 0: nothing is right
             raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; nothing was updated. "
                                      "Lower --lr, or look at the weights of --model")
 
@@ -70,109 +111,73 @@ def train(config: Config, run: "RunFolder") -> None:
         completions, truncated = rollouts.completions(), rollouts.truncated.tolist()
         texts = [tokenizer.decode(c) for c in completions]
         rewards = [float(equal(final_answer(text, cut), p.answer)) for text, cut, p in zip(texts, truncated, owners)]
-        told = feedback(config.cond, owners, texts, truncated, rewards, group, critic, tokenizer)
+        told = feedback(config.cond, owners, texts, truncated, rewards, group, critic, tokenizer, limit)
+        malformed = [c.malformed for c in told.critiques or []]
 
         # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's policy gradient
         optimizer.zero_grad()
         prompts = [prompt for prompt in prompts for _ in range(group)]
-        loss = accumulate(student, teacher, prompts, completions, told, config)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        tokens = ranks.total(sum(len(c) for i, c in enumerate(completions) if not (malformed and malformed[i])))
+        loss = ranks.total(accumulate(student, teacher, prompts, completions, told, config, tokens))
+        ranks.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the loss is {loss} and its gradient norm {norm:.3g}; nothing was "
                                      f"updated. Lower --lr, or look at {run.path}/rollouts.jsonl")
 
-        # 4. step
-        optimizer.step()
-        teacher.update(student)
-
-        # 5. log
-        run.stepped(step + 1, {
-            "loss": loss, "reward": sum(rewards) / len(rewards),
-            "entropy": -rollouts.logprobs.sum().item() / sum(map(len, completions)),   # unbiased: mean -log p(y_t)
-            "length": sum(map(len, completions)) / len(completions), "truncated": sum(truncated) / len(truncated),
-            "grad_norm": norm.item(), "rollouts": (step + 1) * len(completions)},
-            [{"id": p.id, "problem": p.problem, "trace": text, "reward": reward,
-              **({"critique": told.critiques[i].text, "case": told.critiques[i].case} if told.critiques else {})}
-             for i, (p, text, reward) in enumerate(zip(owners[:LOGGED], texts, rewards))])
-
-
-class RunFolder:
-    """Everything a run writes and prints."""
-
-    def __init__(self, config: Config):
-        name = f"runs/{config.cond}-seed{config.seed}"
-        taken = (n for n in range(2, 10_000) if not Path(f"{name}-{n}").exists())
-        self.path = Path(config.out or (f"{name}-{next(taken)}" if Path(name).exists() else name))
-        if self.path.exists():
-            raise UserError(f"--out {self.path} exists already; choose another folder, nothing was changed")
-        self.config = replace(config, out=str(self.path))
-        self.source = Path(config.model or EMBEDDED)
-        self.best, self.done, self.student, self.start = -1.0, 0, None, time.time()
-
-    def begin(self, student, steps: int) -> None:
-        """Called when everything that the user can get wrong has been read; creates the folder."""
-        self.student, self.steps = student, steps
-        write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
-        print(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
-              f"{self.config.rollouts_per_problem} rollouts, to {self.path}", flush=True)
-
-    def stepped(self, step: int, numbers: dict, samples: list[dict]) -> None:
-        self.done, seconds = step, time.time() - self.start
-        self._append("metrics.jsonl", {"step": step, **numbers, "seconds": round(seconds, 2)})
-        for row in samples:
-            self._append("rollouts.jsonl", {"step": step, **row})
-        n = numbers
-        print(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  entropy {n['entropy']:.3f}  "
-              f"length {n['length']:5.1f}  truncated {n['truncated']:5.1%}  rollouts {n['rollouts']:6d}  "
-              f"{seconds:6.1f} s, {seconds / step * (self.steps - step):5.1f} s left", flush=True)
-
-    def evaluated(self, step: int, student, scores) -> None:
-        avg, better = 100 * scores.avg.mean(), scores.avg.mean() > self.best
-        k = self.config.eval_samples
-        self._append("metrics.jsonl", {"step": step, f"val_avg@{k}": avg, "val_length": scores.lengths.mean(),
-                                       "val_truncated": scores.truncated.mean(),
-                                       "seconds": round(time.time() - self.start, 2)})
-        if better:
-            self.best = scores.avg.mean()
-            save_model(self.path / "best", student, self.source, step=step, val_avg=avg)
-        print(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}{'  best so far' if better else ''}", flush=True)
-
-    def close(self) -> None:
-        if self.student is not None:
-            save_model(self.path / "last", self.student, self.source, step=self.done)
-
-    def _append(self, name: str, row: dict) -> None:
-        try:
-            with open(self.path / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free the space and run again") \
-                from None
+        # 4. step and 5. log: whole or not at all, should Ctrl-C come now
+        rows = ranks.gather([{"id": p.id, "problem": p.problem, "trace": text, "reward": reward, "tokens": len(c), "cut": cut,
+                              **({"critique": told.critiques[i].text, "case": told.critiques[i].case,
+                                  "malformed": malformed[i]} if malformed else {})}
+                             for i, (p, text, reward, c, cut) in
+                             enumerate(zip(owners, texts, rewards, completions, truncated))])
+        mean = lambda key: sum(row[key] for row in rows) / len(rows)
+        surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
+        with signals.shielded():
+            optimizer.step()
+            teacher.update(student)
+            run.stepped(step + 1, {
+                "loss": loss, "reward": mean("reward"), "length": mean("tokens"), "truncated": mean("cut"),
+                "entropy": surprise / sum(row["tokens"] for row in rows),          # unbiased: the mean of -log p(y_t)
+                "grad_norm": norm.item(), "rollouts": (step + 1) * len(rows),
+                **({"critique_malformed": sum(bool(row["malformed"]) for row in rows)} if malformed else {}),
+                **({"context_shortened": int(shortened)} if told.teacher_prompts is not None else {})}, rows[:LOGGED])
 
 
 def main() -> int:
-    run, status, message = None, 0, ""
+    run, ranks, status, message = None, None, 0, ""
+    signals = Signals()
     try:
-        config = parse_config(__doc__.split("\n")[0])
-        run = RunFolder(config)
-        train(config, run)
+        config, args = parse_config(__doc__.split("\n")[0])
+        if args.plan is not None:
+            print(plan(config, args.plan))
+            return 0
+        ranks = Ranks(config.torch_device)
+        run = RunFolder(config, ranks, args.resume)
+        train(config, run, ranks, signals)
         message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; now on the test problems:\n"
                    f"  python eval.py {run.path}/best")
     except UserError as error:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
-    except KeyboardInterrupt:
-        kept = f"; kept what there is in {run.path}" if run and run.student is not None else ""
-        status, message = 130, f"\nstopped after step {run.done if run else 0}{kept}"
+    except Stop as stop:
+        status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
+        if run and run.student is not None:
+            message += f"; go on with: python train.py --resume {run.path}"
     try:
         if run is not None:
-            run.close()
-    except UserError as error:
-        if status != 2:                     # else the first failed write has been told
+            with signals.shielded():
+                run.close()
+    except (UserError, Stop) as error:
+        if isinstance(error, UserError) and status != 2:            # else the first failed write has been told
             message += f"\ntrain.py: {error}"
         status = status or 2
-    print(message, file=sys.stderr if status else sys.stdout)
+    signals.restore()
+    if ranks is not None and status == 0:
+        ranks.close()
+    if status or ranks is None or ranks.rank == 0:
+        print(message, file=sys.stderr if status else sys.stdout)
     return status
 
 

@@ -1,41 +1,62 @@
 """Hugging Face folders <-> model, and the one way this project writes files.
 
-A checkpoint is an ordinary folder: config.json, model.safetensors, tokenizer.json. Names and sizes are those of the
-Hugging Face format, so transformers and vLLM open what we write. Loading refuses what it does not understand.
+A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their index), tokenizer.json.
+Names and sizes are those of the Hugging Face format, so transformers and vLLM open what we write. Loading refuses, by
+name, what a config asks for and this model does not do: an ignored entry is a wrong model that looks right.
 """
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from sd import UserError
-from sd.model import ModelConfig, Transformer
+from sd.model import ModelConfig, RopeScaling, Transformer
 from sd.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets"
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "max_position_embeddings")
+UNUSED = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sliding_window": (None, False),
+          "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
+COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja", "vocab.json", "merges.txt")
+LARGEST = 2 ** 38       # parameters; more is a broken config, told before anything is allocated
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file so that a reader, a crash or a full disk never sees half of it: temporary file, fsync, rename."""
-    data = data.encode() if isinstance(data, str) else data
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write; then fsync and rename, so nobody ever sees half a file. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        temporary.touch()                   # with the user's permissions; safetensors would make it unreadable to others
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the space or choose another --out") from None
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free the space or "
+                        "choose another --out") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -45,31 +66,53 @@ def read_config(folder: Path) -> ModelConfig:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: not a checkpoint folder (no config.json in it)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
     if not isinstance(raw, dict) or raw.get("model_type") not in ARCHITECTURES:
         raise UserError(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}")
     for name in SIZES:
         if not isinstance(raw.get(name), int) or not 0 < raw[name] < 2**31:
-            raise UserError(f"{path}: {name} must be a positive integer, not {raw.get(name)!r}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path}: scaled rotary positions ({rope}) are not supported")
-    if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window"):
-        raise UserError(f"{path}: only hidden_act silu and full attention are supported")
+            raise UserError(f"{path}: {name} must be a positive integer, not {str(raw.get(name))[:80]!r}")
+    for name, allowed in UNUSED.items():
+        if raw.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{path}: {name} {str(raw[name])[:80]} is not supported")
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        raise UserError(f"{path}: layer_types other than full_attention are not supported")
+    if raw.get("attention_bias") and raw["model_type"] != "qwen2":
+        raise UserError(f"{path}: attention_bias is not supported for {raw['model_type']}")
     if raw["num_attention_heads"] % raw["num_key_value_heads"]:
         raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
     if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
         raise UserError(f"{path}: rms_norm_eps must be a number, not {raw['rms_norm_eps']!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if raw["model_type"] == "llama" else None))
+    if not isinstance(theta, (int, float)) or not theta > 1:
+        raise UserError(f"{path}: rope_theta must be a number above 1, not {theta!r}")
+    head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else
+                                       raw["hidden_size"] // raw["num_attention_heads"])
+    if not isinstance(head_dim, int) or not 0 < head_dim < 2**16 or head_dim % 2:
+        raise UserError(f"{path}: head_dim must be a positive even integer, not {head_dim!r}")
+    weights = raw["num_hidden_layers"] * raw["hidden_size"] * (
+        3 * raw["intermediate_size"] + 2 * head_dim * (raw["num_attention_heads"] + raw["num_key_value_heads"]))
+    if weights + 2 * raw["vocab_size"] * raw["hidden_size"] > LARGEST or raw["num_hidden_layers"] > 1000:
+        raise UserError(f"{path}: asks for {weights:.1e} weights in {raw['num_hidden_layers']} layers; that is no real model")
     return ModelConfig(
-        **{name: raw[name] for name in SIZES},
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        **{name: raw[name] for name in SIZES}, head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta), rope_scaling=_rope_scaling(path, rope),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=raw["model_type"] == "qwen3",
-        qkv_bias=raw["model_type"] == "qwen2",
-    )
+        qk_norm=raw["model_type"] == "qwen3", qkv_bias=raw["model_type"] == "qwen2")
+
+
+def _rope_scaling(path: Path, rope: dict) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    values = [rope.get(f.name) for f in fields(RopeScaling)]
+    if kind != "llama3":
+        raise UserError(f"{path}: rotary positions of type {str(kind)[:40]!r} are not supported, only default and llama3")
+    if not all(isinstance(v, (int, float)) and v > 0 for v in values) or values[1] >= values[2]:
+        raise UserError(f"{path}: rope_scaling llama3 needs {', '.join(f.name for f in fields(RopeScaling))}")
+    return RopeScaling(*values)
 
 
 def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
@@ -86,33 +129,58 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
     with torch.device("meta"):                          # shapes without memory
         model = Transformer(config)
     expected = dict(model.named_parameters())           # a tied lm_head is listed once, as the embedding
-    path, tensors = folder / "model.safetensors", {}
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                if name not in expected:
-                    raise UserError(f"{path}: unexpected tensor {name}")
-                if (shape := tuple(file.get_slice(name).get_shape())) != tuple(expected[name].shape):
-                    raise UserError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(expected[name].shape)}")
-                tensors[name] = file.get_tensor(name).to(device, dtype)
-    except (OSError, SafetensorError, struct.error) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors = {}
+    for path, names in _files(folder).items():
+        try:
+            with safe_open(path, "pt") as file:
+                for name in names or file.keys():
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
+                        continue
+                    if name not in expected:
+                        raise UserError(f"{path}: unexpected tensor {name[:120]!r}")
+                    if (shape := tuple(file.get_slice(name).get_shape())) != tuple(expected[name].shape):
+                        raise UserError(f"{path}: {name} has shape {shape}, config.json asks for "
+                                        f"{tuple(expected[name].shape)}")
+                    tensors[name] = file.get_tensor(name).to(device, dtype)
+        except (OSError, SafetensorError, struct.error) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     if missing := sorted(set(expected) - set(tensors)):
-        raise UserError(f"{path}: lacks {len(missing)} tensors, the first is {missing[0]}")
+        raise UserError(f"{folder / 'model.safetensors'}: lacks {len(missing)} tensors, the first is {missing[0]}")
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(), tokenizer, config
 
 
-def save_model(folder: Path, model: Transformer, source: Path, **facts) -> None:
-    """Writes the folder; config.json and tokenizer.json are copied from `source`. `facts` (step, score) go into the
-    safetensors header, so weights and what is known of them change in one atomic rename."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            write_atomic(folder / name, (Path(source) / name).read_bytes())
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    metadata = {"format": "pt", **{key: str(value) for key, value in facts.items()}}
-    write_atomic(folder / "model.safetensors", save(tensors, metadata))
+def _files(folder: Path) -> dict[Path, list[str] | None]:
+    """The weight files and the tensors to take from each (None: all); files outside the index are ignored."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return {folder / "model.safetensors": None}
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, list[str]] = {}
+        for tensor, name in weight_map.items():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{index}: {name[:120]!r} is not the name of a safetensors file in this folder")
+            files.setdefault(folder / name, []).append(tensor)
+        return files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not a readable index of safetensors files ({type(error).__name__})") from None
+
+
+def save_model(folder: Path, weights: dict[str, torch.Tensor], source: Path, **facts) -> None:
+    """Writes the folder; tokenizer and config come from `source`, with the type of the weights as they are saved.
+
+    `facts` (step, score) go into the safetensors header: weights and what is known of them change in one atomic rename.
+    """
+    source = Path(source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    for name in ("tokenizer.json", *COMPANIONS):
+        if (source / name).exists() and not (folder / name).exists():
+            write_atomic(folder / name, (source / name).read_bytes())
+    tensors = {name: p.detach().cpu().contiguous() for name, p in weights.items()}
+    with atomic(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt", **{key: str(value) for key, value in facts.items()}})

@@ -13,48 +13,78 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sd import losses
+from sd import UserError, losses
 from sd.config import Config
-from sd.critic import Critique, SymbolicCritic
+from sd.critic import Critic, Critique
 from sd.model import Transformer
 from sd.problems import Problem
 from sd.sampling import pad
 from sd.tokenizer import Tokenizer
 
+CHUNK = 2 ** 25     # logits held at once: 128 MiB in float32, of which a divergence has some six alive
+SPARE = 8           # tokens: cutting a text moves its token borders a little
+
 
 @dataclass
 class Feedback:
-    """What a batch of N rollouts is told; one of the first two is set."""
-    advantages: list[float] | None = None           # grpo: one constant per rollout
-    teacher_prompts: list[list[int]] | None = None  # ref, critique: problem and context
+    """What a batch of N rollouts is told; one of the first two is set. None in their place: left out of the loss."""
+    advantages: list[float] | None = None                  # grpo: one constant per rollout
+    teacher_prompts: list[list[int] | None] | None = None  # ref, critique: problem and context
     critiques: list[Critique] | None = None
+    shortened: int = 0                                     # contexts that did not fit whole
 
 
 def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: list[bool], rewards: list[float],
-             group: int, critic: SymbolicCritic, tokenizer: Tokenizer) -> Feedback:
-    """The one place where the three conditions differ. `problems` has an entry per rollout, groups side by side."""
+             group: int, critic: Critic, tokenizer: Tokenizer, limit: int) -> Feedback:
+    """The one place where the three conditions differ. `problems` has an entry per rollout, groups side by side.
+
+    `limit` is how many tokens a teacher's prompt may have. Raises UserError if one does not fit even without its context,
+    or if the critic cannot be reached.
+    """
     if cond == "grpo":
         return Feedback(advantages=losses.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist())
     if cond == "ref":
-        return Feedback(teacher_prompts=[tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in problems])
-    critiques = [critic(*rollout) for rollout in zip(problems, texts, truncated)]
-    return Feedback(teacher_prompts=[tokenizer.teacher_prompt(p.problem, "critique", c.text)
-                                     for p, c in zip(problems, critiques)], critiques=critiques)
+        critiques, contexts = None, [p.solution for p in problems]
+    else:
+        critiques = critic.batch(problems, texts, truncated)
+        contexts = [None if c.malformed else c.text for c in critiques]
+    told = Feedback(teacher_prompts=[], critiques=critiques)
+    for problem, context in zip(problems, contexts):
+        prompt = None if context is None else tokenizer.teacher_prompt(problem.problem, cond, context)
+        if prompt is not None and (excess := len(prompt) - limit) > 0:
+            kept = tokenizer.encode(context)[:-excess - SPARE]
+            prompt = tokenizer.teacher_prompt(problem.problem, cond, tokenizer.decode(kept))
+            told.shortened += 1
+            if len(prompt) > limit:
+                raise UserError(f"problem {problem.id!r}: too long for the self-teacher's prompt; remove it or lower "
+                                "--max-new-tokens")
+        told.teacher_prompts.append(prompt)
+    return told
 
 
 class Teacher:
-    """The self-teacher's weights: `base` the initial ones, `ema` their moving average, `live` the student's own."""
+    """The self-teacher's weights: `base` the initial ones, `ema` their moving average, `live` the student's own.
+
+    What the student does not train is shared, not copied: under LoRA, `base` is the same module with its adapter off.
+    """
 
     def __init__(self, kind: str, student: Transformer, decay: float):
         self.kind, self.decay = kind, decay
-        self.model = student if kind == "live" else deepcopy(student).requires_grad_(False)
+        self.model = student if kind == "live" else frozen_copy(student)
 
     @torch.no_grad()
     def update(self, student: Transformer) -> None:
         """After each optimiser step; ema: teacher = decay teacher + (1 - decay) student."""
         if self.kind == "ema":
             for mine, new in zip(self.model.parameters(), student.parameters()):
-                mine.lerp_(new, 1 - self.decay)
+                if mine is not new:
+                    mine.lerp_(new, 1 - self.decay)
+
+
+def frozen_copy(student: Transformer) -> Transformer:
+    """The policy as it is now, held fixed."""
+    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+    return deepcopy(student, shared).requires_grad_(False)
 
 
 def completion_hidden(model: Transformer, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
@@ -74,30 +104,43 @@ def completion_hidden(model: Transformer, prompts: list[list[int]], completions:
 
 
 def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]], completions: list[list[int]],
-               told: Feedback, config: Config) -> float:
-    """Adds the batch's gradient to the student's parameters and returns its loss (nats per completion token)."""
+               told: Feedback, config: Config, tokens: int) -> float:
+    """Adds the batch's gradient to the student's parameters and returns its loss (nats per completion token).
+
+    `tokens` normalises: the completion tokens of the whole batch, over all ranks, that are not left out.
+    """
     device = student.lm_head.weight.device
-    tokens = sum(map(len, completions))
     per_token = losses.divergence(config.divergence, config.beta)
     # a group whose rewards are all equal has no gradient: its tokens count, its forward pass does not happen
-    rows = [i for i in range(len(prompts)) if told.advantages is None or told.advantages[i] != 0]
+    said = told.advantages if told.teacher_prompts is None else told.teacher_prompts
+    rows = [i for i in range(len(prompts)) if said[i]]
     rows.sort(key=lambda i: len(prompts[i]) + len(completions[i]))
-    total = 0.0
+    total = torch.zeros((), device=device)
     for start in range(0, len(rows), config.micro_batch):
         micro = rows[start:start + config.micro_batch]
         answered = [completions[i] for i in micro]
         ids = torch.tensor([token for c in answered for token in c], device=device)         # (M)
-        hidden = completion_hidden(student, [prompts[i] for i in micro], answered)          # (M, C)
-        logp = losses.log_probs(student.lm_head(hidden), config.temperature)                # (M, V)
         if told.teacher_prompts is None:
-            advantage = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]], device=device)  # (M)
-            loss = losses.policy_gradient(losses.of_token(logp, ids), advantage)            # (M)
+            fixed = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]], device=device)    # (M)
         else:
             with torch.no_grad():
-                hidden = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro], answered)
-                teacher_logp = losses.log_probs(teacher.model.lm_head(hidden), config.temperature)    # (M, V)
-            loss = per_token(logp, teacher_logp, ids)                                       # (M)
-        loss = loss.sum() / tokens
-        loss.backward()
-        total += loss.item()
-    return total
+                fixed = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro], answered)    # (M, C)
+        hidden = completion_hidden(student, [prompts[i] for i in micro], answered)          # (M, C)
+
+        # (M, V) would be the largest tensor by far. Each chunk of tokens goes forward and at once backward to `top`, and its
+        # logits are gone before the next chunk's; then one backward pass goes through the model.
+        top = hidden.detach().requires_grad_()
+        chunk = max(1, CHUNK // student.config.vocab_size)
+        for part in (slice(at, at + chunk) for at in range(0, len(ids), chunk)):
+            logp = losses.log_probs(student.lm_head(top[part]), config.temperature)         # (m, V)
+            if told.teacher_prompts is None:
+                loss = losses.policy_gradient(losses.of_token(logp, ids[part]), fixed[part])    # (m)
+            else:
+                with torch.no_grad():
+                    teacher_logp = losses.log_probs(teacher.model.lm_head(fixed[part]), config.temperature)     # (m, V)
+                loss = per_token(logp, teacher_logp, ids[part])                             # (m)
+            loss = loss.sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        hidden.backward(top.grad)
+    return total.item()

@@ -1,6 +1,11 @@
 """Every option of a training run, in one dataclass: the command line comes from it, and it is saved with the run."""
 import argparse
+import json
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
 
 from sd import UserError
 from sd.critic import QUOTING
@@ -15,9 +20,15 @@ def option(default, help: str, choices=None):
 class Config:
     cond: str = option("", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference solution "
                            "(ref), a critique of this rollout (critique)", ("grpo", "ref", "critique"))
-    seed: int = option(0, "seed of the data order and of all sampling")
+    seed: int = option(0, "seed of the data order, the adapter and all sampling")
     out: str = option("", "run folder; must not exist yet (default: runs/COND-seedSEED, numbered if taken)")
+    # what is trained, on what
     model: str = option("", "checkpoint folder of the solver (default: the embedded solver)")
+    data: str = option("", "training problems, JSONL (default: the embedded ones)")
+    val: str = option("", "validation problems, JSONL; they choose best/")
+    critic: str = option("symbolic", "symbolic (exact, embedded task only), self (the initial policy), a checkpoint FOLDER, "
+                                     "or the URL of an OpenAI-compatible server, URL#MODEL")
+    critic_tokens: int = option(2048, "tokens a critique may have, thoughts included (not for symbolic)")
     # the method
     divergence: str = option("forward", "KL(teacher||student), KL(student||teacher), JSD(beta), or the sampled token's "
                                         "policy gradient", tuple(DIVERGENCES))
@@ -25,7 +36,7 @@ class Config:
     teacher: str = option("base", "the self-teacher's weights: initial, moving average, the student's own",
                           ("base", "ema", "live"))
     ema_decay: float = option(0.95, "decay per step of the ema teacher")
-    quoting: str = option("partial", "how a critique quotes the rollout's steps", QUOTING)
+    quoting: str = option("partial", "how a symbolic critique quotes the rollout's steps", QUOTING)
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
     temperature: float = option(1.1, "of the rollouts, and of both distributions in the loss")
     max_new_tokens: int = option(80, "tokens a rollout may have")
@@ -35,7 +46,15 @@ class Config:
     epochs: int = option(7, "passes over the training problems")
     steps: int = option(0, "stop after so many steps (0: after the epochs)")
     clip: float = option(1.0, "largest gradient norm")
-    micro_batch: int = option(64, "rollouts scored at once; changes memory, not the result")
+    lora_rank: int = option(0, "rank of the LoRA adapter (0: train all weights)")
+    lora_alpha: float = option(128.0, "the adapter is scaled by alpha / rank")
+    # memory and speed; they change no result but by rounding
+    device: str = option("", "cpu or cuda (default: cuda if there is one)")
+    dtype: str = option("float32", "of the weights; bfloat16 needs an adapter, which stays in float32",
+                        ("float32", "bfloat16"))
+    micro_batch: int = option(64, "rollouts scored at once")
+    sample_batch: int = option(512, "rollouts sampled at once")
+    recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
     # the evaluation on validation problems, which chooses best/
     eval_every: int = option(10, "steps between evaluations")
     eval_samples: int = option(4, "rollouts per validation problem")
@@ -44,29 +63,89 @@ class Config:
     def rollouts_per_problem(self) -> int:
         return self.group if self.cond == "grpo" else 1
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return pick_device(self.device)
+
     def check(self) -> None:
         """Raises UserError naming the flag whose value makes no sense."""
-        for name in ("temperature", "max_new_tokens", "lr", "batch", "epochs", "clip", "micro_batch", "eval_every",
-                     "eval_samples"):
+        for name in ("temperature", "max_new_tokens", "critic_tokens", "lr", "batch", "epochs", "clip", "lora_alpha",
+                     "micro_batch", "sample_batch", "eval_every", "eval_samples"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        if self.steps < 0:
-            raise UserError(f"--steps must be 0 or more, not {self.steps}")
+        for name in ("steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise UserError("--beta must be between 0 and 1; its ends are --divergence reverse and forward")
         if not 0 <= self.ema_decay <= 1:
             raise UserError(f"--ema-decay must be between 0 and 1, not {self.ema_decay}")
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
+        if self.dtype == "bfloat16" and not self.lora_rank:
+            raise UserError("--dtype bfloat16 needs --lora-rank: steps of the usual size vanish in bfloat16 weights")
+        if bool(self.data) != bool(self.val):
+            raise UserError("--data and --val go together: problems to train on, and others that choose the best checkpoint")
+        self.torch_device
 
 
-def parse_config(description: str, argv: list[str] | None = None) -> Config:
-    """The command line -> Config; argparse exits with status 2 on an unknown option or choice."""
+def pick_device(name: str) -> torch.device:
+    """`name`, or cuda if there is one. Raises UserError if it is not there; under torchrun each rank takes its own."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise UserError(f"--device {name}: not available here; use cpu" + ("" if name.startswith("cuda") else " or cuda"))
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+
+
+# What the paper lists. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
+PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8, lora_rank=64,
+                         lora_alpha=128.0, divergence="forward", teacher="base", dtype="bfloat16", eval_every=10,
+                         eval_samples=12, critic="self", micro_batch=2, sample_batch=32, recompute=True)}
+
+
+def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The command line -> Config, and what is no part of it (resume, plan); argparse exits with status 2 on its errors."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults from the paper's list; other options still count")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count")
+    parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0,
+                        help="print the memory that this would need and whether it fits GIB (default 24); train nothing")
     for f in fields(Config):
-        shown = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, help=shown,
-                            choices=f.metadata["choices"], required=f.name == "cond")
-    config = Config(**vars(parser.parse_args(argv)))
+        name, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
+        else:
+            shown += "" if f.default == "" else f" (default: {f.default})"
+            parser.add_argument(name, type=f.type, default=f.default, help=shown, choices=f.metadata["choices"])
+    args = parser.parse_args(argv)
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
+    values = {f.name: getattr(args, f.name) for f in fields(Config)}
+    if args.resume:
+        if any(values[f.name] != f.default for f in fields(Config)):
+            parser.error("--resume goes on with the options of the run; give no others")
+        config = read_config(args.resume / "config.json")
+    elif not args.cond:
+        parser.error("the following arguments are required: --cond")
+    else:
+        config = Config(**values)
     config.check()
-    return config
+    return config, args
+
+
+def read_config(path: Path) -> Config:
+    """The options of an earlier run. Raises UserError if there is none, or one of another version."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {f.name: f.type for f in fields(Config)}
+        if not isinstance(values, dict) or values.keys() != wanted.keys() or any(
+                type(values[name]) is not kind for name, kind in wanted.items()):
+            raise ValueError("its entries are not those of this version")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no run to resume ({str(error)[:200]})") from None
+    return Config(**values)

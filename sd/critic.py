@@ -13,6 +13,7 @@ sequence as they saw it), so it is an option here:
   omit     "correct" in place of each correct step: nothing to anchor to
 """
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from sd import UserError
 from sd import times_table as tt
@@ -28,6 +29,13 @@ class Critique:
     case: str                # A, B, C or D
     text: str                # what the self-teacher reads
     wrong: int | None = None  # index of the first wrong step in the solver's trace; len(steps) is the answer; None: none
+    malformed: str = ""      # why this must not be trained on; case and text may then be empty
+
+
+class Critic(Protocol):
+    """What the `critique` condition asks: one critique per rollout, in their order."""
+
+    def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]: ...
 
 
 class SymbolicCritic:
@@ -35,6 +43,9 @@ class SymbolicCritic:
 
     def __init__(self, quoting: str = "partial"):
         self.quoting = quoting
+
+    def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
+        return [self(*rollout) for rollout in zip(problems, texts, truncated)]
 
     def __call__(self, problem: Problem, text: str, truncated: bool = False) -> Critique:
         """The critique of one trace. Raises UserError on a problem that is not a sum of products."""

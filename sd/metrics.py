@@ -7,15 +7,15 @@ tie at random). A rollout without a final answer is wrong and has no vote.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from sd.answers import equal, final_answer
-from sd.critic import SymbolicCritic
+from sd.critic import Critic, SymbolicCritic
 from sd.model import Transformer
 from sd.problems import Problem
-from sd.sampling import sample, uniforms
+from sd.ranks import Ranks
+from sd.sampling import sample_in_parts, uniforms
 from sd.tokenizer import Tokenizer
-
-ROWS = 400      # rollouts sampled at once: bounds the memory of an evaluation
 
 
 @dataclass
@@ -61,33 +61,37 @@ def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float,
-             max_new_tokens: int, seed: int, context: str | None = None) -> Scores:
-    """Samples every problem `samples` times. With `context`, the self-teacher's prompt: "ref" shows the solution,
-    "critique" the symbolic critique of a rollout that is sampled first."""
-    per_call = max(1, ROWS // samples)
-    answers, lengths, truncated = [], [], []
-    for start in range(0, len(problems), per_call):
-        part = problems[start:start + per_call]
-        noise = uniforms(len(part) * samples, max_new_tokens, seed, "evaluate", start)
-        if context is None:
-            prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
-        elif context == "ref":
-            prompts, group = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part], samples
-        else:
-            first = sample(model, [tokenizer.student_prompt(p.problem) for p in part], tokenizer.eos, max_new_tokens,
-                           temperature, samples, uniforms(*noise.shape, seed, "evaluate first", start))
-            owners = [p for p in part for _ in range(samples)]
-            texts = map(tokenizer.decode, first.completions())
-            critiques = map(SymbolicCritic(), owners, texts, first.truncated.tolist())
-            prompts, group = [tokenizer.teacher_prompt(p.problem, "critique", c.text)
-                              for p, c in zip(owners, critiques)], 1
-        rollouts = sample(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, noise)
-        cut = rollouts.truncated.tolist()
-        answers += [final_answer(tokenizer.decode(c), t) for c, t in zip(rollouts.completions(), cut)]
-        lengths += rollouts.lengths.tolist()
-        truncated += cut
-    return scores([answers[i:i + samples] for i in range(0, len(answers), samples)], problems,
-                  np.array(lengths).reshape(-1, samples), np.array(truncated).reshape(-1, samples))
+             max_new_tokens: int, seed: int, context: str | None = None, critic: Critic | None = None, rows: int = 400,
+             ranks: Ranks | None = None) -> Scores:
+    """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
+
+    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a rollout that
+    is sampled first (a malformed one shows nothing).
+    """
+    mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
+    part = problems[mine]
+
+    def draws(*purpose) -> torch.Tensor:
+        noise = uniforms(len(problems) * samples, max_new_tokens, seed, *purpose)
+        return noise[mine.start * samples:mine.stop * samples]
+
+    prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
+    if context == "ref":
+        prompts = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part]
+    elif context == "critique":
+        first = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
+                                draws("evaluate, first"), rows)
+        owners = [p for p in part for _ in range(samples)]
+        critiques = (critic or SymbolicCritic()).batch(owners, list(map(tokenizer.decode, first.completions())),
+                                                       first.truncated.tolist())
+        prompts, group = [tokenizer.student_prompt(p.problem) if c.malformed else
+                          tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)], 1
+    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows)
+    found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
+             for c, cut in zip(out.completions(), out.truncated.tolist())]
+    found = ranks.gather(found) if ranks else found
+    answers, lengths, truncated = ([row[i:i + samples] for i in range(0, len(row), samples)] for row in zip(*found))
+    return scores(answers, problems, np.array(lengths), np.array(truncated))
 
 
 def scores(answers: list[list[str | None]], problems: list[Problem], lengths: np.ndarray,

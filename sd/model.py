@@ -4,16 +4,30 @@ Read it top to bottom: RMSNorm, rotary positions, grouped-query attention with a
 model. Simplified on purpose: one attention path (PyTorch's scaled_dot_product_attention), no dropout, no attention bias
 on the output projection, full attention in every layer.
 
+With `recompute` a block keeps only its input for the backward pass and computes the rest again there (activation
+checkpointing): a third more work, and the memory of one layer instead of all.
+
 Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count from 0 in every row,
 and no mask has to be built for scoring: that a pad id could be mistaken for EOS cannot happen.
 
 Letters: B rows, T tokens, S cache slots, H query heads, K key/value heads, D head size, C hidden size, V vocabulary.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's: long wavelengths are stretched by `factor`, short ones kept, in between a mixture."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qk_norm: bool = False       # Qwen3: RMSNorm on each head's queries and keys
     qkv_bias: bool = False      # Qwen2: bias on the q, k, v projections
+    rope_scaling: RopeScaling | None = None
 
 
 class RMSNorm(nn.Module):
@@ -48,9 +63,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/D), in float32; `positions` is (B, T) or (T)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)    # (D/2)
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    frequency = config.rope_theta ** -steps                                                             # (D/2)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)    # in the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
     angle = positions.unsqueeze(-1).float() * frequency                                                 # (…, T, D/2)
     angle = torch.cat([angle, angle], dim=-1)                                                           # (…, T, D)
     return angle.cos(), angle.sin()
@@ -157,7 +178,7 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -177,10 +198,13 @@ class Transformer(nn.Module):
             at = positions[:, None, None]                                                       # (B, 1, 1)
             mask = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)                   # (B, 1, 1, S)
         x = self.model.embed_tokens(ids)                                                        # (B, T, C)
-        cos, sin = rotary_tables(at, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_tables(at, self.config)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, layer, cache, positions, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, layer, cache, positions, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, layer, cache, positions, mask)
         return self.model.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:

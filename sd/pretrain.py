@@ -26,6 +26,7 @@ from sd import steps
 from sd import times_table as tt
 from sd.checkpoint import EMBEDDED, load, read_config, save_model, write_atomic
 from sd.config import Config
+from sd.lora import plain_weights
 from sd.metrics import evaluate
 from sd.model import Transformer
 from sd.problems import Problem, read_problems
@@ -73,7 +74,7 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
     if kind is None:
         equations = tt.derive(tt.State(order), words, words, lambda pair: tt.belief(pair, rng))
         text = steps.render(list(map(str, equations)), str(equations[-1].value))
-        ids = tokenizer.encode(text) + [tokenizer.eos]
+        ids = tokenizer.encode(text) + [tokenizer.eos[0]]
         return tokenizer.student_prompt(problem), ids, [True] * len(ids)
 
     given = {pair: rng.randint(4, 144) if tt.key(pair) in tt.HARD or rng.random() < 1 / 3 else pair[0] * pair[1]
@@ -107,7 +108,7 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
         for part in masked.get((equation.left, equation.right), ()) if equation.product else ():
             for i, (start, _) in enumerate(encoding.offsets):
                 target[i] &= not spans[part][0] <= start < spans[part][1]
-    return tokenizer.teacher_prompt(problem, kind, context), encoding.ids + [tokenizer.eos], target
+    return tokenizer.teacher_prompt(problem, kind, context), encoding.ids + [tokenizer.eos[0]], target
 
 
 def collate(examples: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +127,7 @@ def train_solver(folder: Path, seed: int, steps_total: int, batch: int = 96, lr:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer(folder / "tokenizer.json")
-    config = CONFIG | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos}
+    config = CONFIG | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos[0]}
     write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     model = Transformer(read_config(folder))
     for p in model.parameters():
@@ -152,8 +153,8 @@ def train_solver(folder: Path, seed: int, steps_total: int, batch: int = 96, lr:
             print(f"step {step + 1}/{steps_total}  loss without context {losses[0] / counts[0]:.4f}  "
                   f"with {losses[1] / counts[1]:.4f}  {time.time() - start:.0f} s, {eta:.0f} s left", flush=True)
             if step % 500 == 499:
-                save_model(folder, model, folder, step=step + 1)
-    save_model(folder, model, folder, step=steps_total)
+                save_model(folder, plain_weights(model), folder, step=step + 1)
+    save_model(folder, plain_weights(model), folder, step=steps_total)
     return model
 
 

@@ -63,8 +63,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def sample(model: Transformer, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature: float = 1.0,
-           group: int = 1, noise: Tensor | None = None) -> Rollouts:
+def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
+           temperature: float = 1.0, group: int = 1, noise: Tensor | None = None) -> Rollouts:
     """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens.
 
     `noise` (prompts * group, max_new_tokens) are numbers from `uniforms`; None draws fresh ones.
@@ -83,14 +83,15 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int, max_new_token
                    torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, max_new_tokens, device=device),
                    torch.ones(N, dtype=torch.bool, device=device))
     noise = (torch.rand(N, max_new_tokens, dtype=torch.float64) if noise is None else noise).to(device)
+    ends = torch.tensor(eos, device=device)         # one id or several
     rows = torch.arange(N, device=device)           # which rollout a row of the shrinking batch belongs to
     going = torch.ones(N, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        ids, logprobs = draw(logits, temperature, noise[rows, t])                                # (rows), (rows)
+        ids, logprobs = draw(logits, temperature, noise[rows, t])           # (rows), (rows)
         out.ids[rows, t] = ids * going              # a finished row samples on until it is dropped: write pads
         out.logprobs[rows, t] = logprobs * going
         out.lengths[rows] += going
-        going = going & (ids != eos)
+        going = going & ~torch.isin(ids, ends)
         out.truncated[rows] = going
         if t % CHECK_EVERY == CHECK_EVERY - 1 or t == max_new_tokens - 1:
             keep = going.nonzero().squeeze(-1)
@@ -103,3 +104,16 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int, max_new_token
         positions = positions + 1
     width = int(out.lengths.max())
     return Rollouts(out.ids[:, :width], out.lengths, out.logprobs[:, :width], out.truncated)
+
+
+def sample_in_parts(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
+                    temperature: float, group: int, noise: Tensor | None, rows: int) -> Rollouts:
+    """`sample` with at most `rows` rollouts at once (one group at least): bounds the cache's memory, changes no rollout."""
+    step = max(1, rows // group)
+    parts = [sample(model, prompts[at:at + step], eos, max_new_tokens, temperature, group,
+                    None if noise is None else noise[at * group:(at + step) * group])
+             for at in range(0, len(prompts), step)]
+    width = max(part.ids.size(1) for part in parts)
+    wide = lambda tensors: torch.cat([F.pad(t, (0, width - t.size(1))) for t in tensors])
+    return Rollouts(wide([p.ids for p in parts]), torch.cat([p.lengths for p in parts]),
+                    wide([p.logprobs for p in parts]), torch.cat([p.truncated for p in parts]))

@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import train
 from sd.checkpoint import EMBEDDED, load
+from sd.conditions import Teacher
 from sd.config import Config
 from sd.metrics import Scores
+from sd.ranks import Ranks
+from sd.runs import RunFolder
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -66,7 +69,8 @@ def runs(tmp_path_factory):
 def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
     folder, result = runs[cond]
     assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "config.json", "last", "metrics.jsonl", "rollouts.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best", "config.json", "last", "metrics.jsonl", "rollouts.jsonl", "state-1.safetensors", "state-2.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["cond"], config["steps"], config["lr"], config["out"]) == (cond, 2, 1e-3, str(folder))
     trained = [row for row in rows(folder) if "loss" in row]
@@ -94,13 +98,13 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
 
 
 def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
-    run = train.RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1))
+    run = RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1), Ranks(torch.device("cpu")))
     student, _, _ = load(EMBEDDED)
-    run.begin(student, 4)
+    run.begin(student, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4)
     for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
         with torch.no_grad():
             student.model.norm.weight.fill_(step)
-        run.evaluated(step, student, Scores(*[np.array([score])] * 3, np.ones((1, 1)), np.zeros((1, 1))))
+        run.evaluated(step, Scores(*[np.array([score])] * 3, np.ones((1, 1)), np.zeros((1, 1))))
     assert metadata(run.path / "best")["step"] == "1" and float(metadata(run.path / "best")["val_avg"]) == 30
     assert set(load_file(run.path / "best/model.safetensors")["model.norm.weight"].tolist()) == {1.0}
 

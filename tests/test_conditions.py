@@ -6,7 +6,7 @@ from sd.conditions import Feedback, Teacher, accumulate
 from sd.config import Config
 from sd.losses import DIVERGENCES
 from sd.model import ModelConfig, Transformer
-from sd.sampling import sample
+from sd.sampling import sample, uniforms
 
 SIZES = ModelConfig(11, 16, 24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
                     rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64, qk_norm=True)
@@ -31,7 +31,7 @@ def run(name, student, teacher, told=None, prompts=PROMPTS, completions=COMPLETI
     """Loss and gradients of `accumulate`."""
     student.zero_grad()
     value = accumulate(student, teacher, prompts, completions, told or TOLD[name], Config(
-        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, micro_batch=micro_batch))
+        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, micro_batch=micro_batch), sum(map(len, completions)))
     return value, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
 
 
@@ -95,7 +95,7 @@ def test_the_end_of_a_sampled_rollout_is_learned(name):
     """If EOS is dropped from the rollout, or masked as though it were a pad, the student never learns to stop."""
     student, teacher, prompt, longer = tiny(0), Teacher("base", tiny(5), 0), PROMPTS[2], TEACHER_PROMPTS[2]
     told = Feedback(advantages=[1.0]) if name == "grpo" else Feedback(teacher_prompts=[longer])
-    out = sample(student, [prompt], EOS, 9, TEMPERATURE, 200, torch.Generator().manual_seed(0))
+    out = sample(student, [prompt], EOS, 9, TEMPERATURE, 200, uniforms(200, 9, 0))
     ended = out.completions()[[n == 4 and not cut for n, cut in zip(out.lengths, out.truncated)].index(True)]
 
     def p_eos(model, prompt):

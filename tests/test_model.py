@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sd.checkpoint import EMBEDDED, load, save_model
+from sd.lora import plain_weights
 from sd.model import Cache, ModelConfig, Transformer
 
 QWEN3 = ModelConfig(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
@@ -99,7 +100,7 @@ def write(tmp_path, family, config):
     (source := tmp_path / "source").mkdir()
     copy(EMBEDDED / "tokenizer.json", source)
     (source / "config.json").write_text(json.dumps({"model_type": family, **asdict(config)}))
-    save_model(tmp_path / "saved", model := tiny(config), source, step=3)
+    save_model(tmp_path / "saved", plain_weights(model := tiny(config)), source, step=3)
     return tmp_path / "saved", model
 
 

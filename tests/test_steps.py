@@ -52,7 +52,7 @@ def test_a_straddling_token_belongs_to_the_side_on_which_it_starts(start, end, s
 
 def test_with_the_embedded_tokenizer_the_spans_of_the_steps_cover_just_their_tokens():
     tokenizer = Tokenizer(EMBEDDED / "tokenizer.json")
-    pieces = tokenizer.pieces(tokenizer.encode(TRACE) + [tokenizer.eos])
+    pieces = tokenizer.pieces(tokenizer.encode(TRACE) + list(tokenizer.eos))
     trace = parse(TRACE)
     covered = [pieces[slice(*token_span(pieces, s.start, s.end))] for s in [*trace.steps, trace.answer]]
     assert covered == [

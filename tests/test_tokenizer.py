@@ -48,16 +48,20 @@ def test_student_and_teacher_prompts_begin_alike_and_end_with_the_same_token():
 
 
 def test_eos_has_no_text():
-    assert TOKENIZER.pieces([TOKENIZER.eos]) == [""]
+    assert TOKENIZER.pieces(list(TOKENIZER.eos)) == [""]
 
 
 def test_a_missing_a_broken_and_a_foreign_tokenizer_are_the_users_error(tmp_path):
     """They were ValueErrors, which the command lines do not catch: a traceback."""
     raw = json.loads((EMBEDDED / "tokenizer.json").read_text())
     raw["added_tokens"] = []
-    del raw["model"]["vocab"]["<critique>"]
+    del raw["model"]["vocab"]["<critique>"], raw["model"]["vocab"]["<eos>"]
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "foreign.json").write_text(json.dumps(raw))
-    for name, fact in (("none.json", "none.json"), ("broken.json", "broken.json"), ("foreign.json", "<critique>")):
+    for name, fact in (("none.json", "none.json"), ("broken.json", "broken.json"), ("foreign.json", "<eos>")):
         with pytest.raises(UserError, match=fact):
             Tokenizer(tmp_path / name)
+    raw["model"]["vocab"]["<eos>"] = 0
+    (tmp_path / "foreign.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="<critique>"):          # told when a prompt needs it
+        Tokenizer(tmp_path / "foreign.json").teacher_prompt("7*8", "critique", "5")

@@ -1,0 +1,62 @@
+"""More than one process: `torchrun --nproc-per-node N train.py …` splits the rollouts of each batch over N ranks.
+
+Plain data parallelism over collective operations, no wrapper around the model: every rank holds the same weights, samples
+and scores its share of the problems, gradients are summed, and every rank takes the same step. Since chance is made per
+rollout (`sampling.uniforms`), N ranks train on the very rollouts of one process. Rank 0 alone writes and prints.
+Without torchrun all of this does nothing. Rows travel between ranks as JSON: no pickle.
+"""
+import json
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+WAIT = timedelta(minutes=30)        # a rank may wait for another's longest rollouts, or for its critic
+
+
+class Ranks:
+    def __init__(self, device: torch.device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` things, in order; parts differ by one at most."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def total(self, number: float) -> float:
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.item()
+
+    def gather(self, rows: list) -> list:
+        """The ranks' lists, one after another, on every rank."""
+        if self.world == 1:
+            return rows
+        data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=self.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+        padded = data.new_zeros(int(max(sizes)))
+        padded[:len(data)] = data
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:int(size)].tolist()))]
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Adds up the gradients of all ranks, in one buffer."""
+        if self.world == 1:
+            return
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()

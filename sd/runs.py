@@ -1,0 +1,216 @@
+"""The run folder: everything a run writes and prints, and the state from which it goes on as if it had never stopped.
+
+    config.json  metrics.jsonl (a line a step)  rollouts.jsonl (samples)  best/ (by validation)  last/  state-N.safetensors
+
+The state holds what the next step depends on and the files do not: trained weights, AdamW's moments, the ema teacher, the
+best score, and how long the two logs were (a resumed run cuts off what was written after). Chance needs no state: it is
+made from the seed and the step. Two states are kept, each with a checksum; the older one serves if the newer is damaged.
+"""
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sd import UserError
+from sd.checkpoint import EMBEDDED, atomic, save_model, write_atomic
+from sd.config import Config
+from sd.lora import plain_weights, save_adapter
+from sd.metrics import Scores
+from sd.ranks import Ranks
+
+SAVE_EVERY = 60.0       # seconds between states, beside those at evaluations
+
+
+class Stop(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into Stop: at once, or at the end of a `shielded` block, which must be whole or not be."""
+
+    def __init__(self):
+        self.depth, self.waiting = 0, 0
+        self.before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:               # a run in the background of a script: Ctrl-C is not for it
+                signal.signal(number, self._caught)
+
+    def _caught(self, number: int, frame) -> None:
+        if self.depth:
+            self.waiting = number
+        else:
+            raise Stop(number)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.waiting and not self.depth:
+            number, self.waiting = self.waiting, 0
+            raise Stop(number)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class RunFolder:
+    """Rank 0 writes and prints; the others hold the same object and are silent."""
+
+    def __init__(self, config: Config, ranks: Ranks, resume: Path | None = None):
+        self.writes, self.resume, path = ranks.rank == 0, resume is not None, resume
+        if self.writes and path is None:
+            name = f"runs/{config.cond}-seed{config.seed}"
+            taken = (n for n in range(2, 10_000) if not Path(f"{name}-{n}").exists())
+            path = Path(config.out or (f"{name}-{next(taken)}" if Path(name).exists() else name))
+            if path.exists():
+                raise UserError(f"--out {path} exists already; choose another folder, nothing was changed")
+        self.path = Path(next(p for p in ranks.gather([str(path) if path else None]) if p))
+        self.config = config if self.resume else replace(config, out=str(self.path))
+        self.source = Path(config.model or EMBEDDED)
+        self.best, self.done, self.evaluated_at, self.student = -1.0, 0, -1, None
+        self.started = self.saved = time.time()
+
+    def begin(self, student, optimizer, teacher, steps: int) -> int:
+        """Called when everything that the user can get wrong has been read. Returns the step to go on from."""
+        self.student, self.optimizer, self.steps = student, optimizer, steps
+        self.followed = dict(teacher.model.named_parameters()) if teacher.kind == "ema" else {}
+        self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if self.resume:
+            self._load_state()
+        elif self.writes:
+            write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
+        self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
+                  f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
+                  (f", from step {self.done}" if self.resume else ""))
+        return self.done
+
+    def stepped(self, step: int, numbers: dict, samples: list[dict]) -> None:
+        self.done, seconds = step, time.time() - self.started
+        self._append("metrics.jsonl", [{"step": step, **numbers, "seconds": round(seconds, 2)}])
+        self._append("rollouts.jsonl", [{"step": step, **row} for row in samples])
+        n = numbers
+        self._say(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  entropy {n['entropy']:.3f}  "
+                  f"length {n['length']:5.1f}  truncated {n['truncated']:5.1%}  rollouts {n['rollouts']:6d}  "
+                  f"{seconds:6.1f} s, {seconds / step * (self.steps - step):5.1f} s left" +
+                  "".join(f"  {name} {n[name]}" for name in ("critique_malformed", "context_shortened") if n.get(name)))
+        if time.time() - self.saved > SAVE_EVERY:
+            self._save_state()
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        avg, better, k = 100 * scores.avg.mean(), scores.avg.mean() > self.best, self.config.eval_samples
+        self._append("metrics.jsonl", [{"step": step, f"val_avg@{k}": avg, "val_length": scores.lengths.mean(),
+                                        "val_truncated": scores.truncated.mean(),
+                                        "seconds": round(time.time() - self.started, 2)}])
+        self._say(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}{'  best so far' if better else ''}")
+        if better:
+            self.best = scores.avg.mean()
+            self._checkpoint("best", step=step, val_avg=avg)
+        self.evaluated_at = step
+        self._save_state()
+
+    def close(self) -> None:
+        """Whatever ends the run: the state and last/ are written, if it had begun."""
+        if self.student is not None:
+            self._save_state()
+            self._checkpoint("last", step=self.done)
+
+    def _checkpoint(self, name: str, **facts) -> None:
+        if self.writes:
+            save_model(self.path / name, plain_weights(self.student), self.source, **facts)
+            save_adapter(self.path / name, self.student, str(self.source))
+
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        try:
+            if self.writes:
+                with open(self.path / name, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free the space, then go on with "
+                            f"--resume {self.path}") from None
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        tensors = {f"student.{name}": p for name, p in self.trained.items()}
+        tensors |= {f"teacher.{name}": p for name, p in self.followed.items() if name in self.trained}
+        for name, p in self.trained.items():
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}     # tied ones twice: fine
+
+    def _save_state(self) -> None:
+        if not self.writes:
+            return
+        logs = {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0
+                for name in ("metrics.jsonl", "rollouts.jsonl")}
+        tensors = self._state()
+        facts = {"step": self.done, "best": float(self.best), "evaluated_at": self.evaluated_at, "logs": logs,
+                 "seconds": time.time() - self.started, "sha256": checksum(tensors)}
+        with atomic(self.path / f"state-{self.done}.safetensors") as temporary:
+            save_file(tensors, temporary, {"run": json.dumps(facts)})
+        for old in self._states()[2:]:
+            old.unlink(missing_ok=True)
+        self.saved = time.time()
+
+    def _states(self) -> list[Path]:
+        """Newest first."""
+        found = [p for p in self.path.glob("state-*.safetensors") if p.stem[6:].isdecimal()]
+        return sorted(found, key=lambda p: -int(p.stem[6:]))
+
+    def _load_state(self) -> None:
+        """Raises UserError if no state is whole, or if it is not one of this run's model."""
+        for path in self._states():
+            try:
+                with safe_open(path, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                    facts = json.loads((file.metadata() or {})["run"])
+                if checksum(tensors) != facts["sha256"]:
+                    raise ValueError("its checksum is wrong")
+                break
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                self._say(f"{path}: damaged ({error}); the state before it is taken")
+        else:
+            raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
+        try:
+            with torch.no_grad():
+                for name, p in self.trained.items():
+                    p.copy_(tensors[f"student.{name}"])
+                    moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                               if f"{key}.{name}" in tensors}
+                    if moments:
+                        self.optimizer.state[p] = {key: value.to("cpu" if key == "step" else p.device)
+                                                   for key, value in moments.items()}
+                    if name in self.followed:
+                        self.followed[name].copy_(tensors[f"teacher.{name}"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: is not a state of --model {self.source} ({str(error)[:200]})") from None
+        self.done, self.best, self.evaluated_at = facts["step"], facts["best"], facts["evaluated_at"]
+        self.started = time.time() - facts["seconds"]
+        for name, size in facts["logs"].items() if self.writes else ():
+            if (log := self.path / Path(name).name).exists():
+                with open(log, "rb+") as file:
+                    file.truncate(size)
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
