@@ -58,7 +58,7 @@ class SymbolicCritic:
         if truncated and written and trace.answer is None and not written[-1].closed:
             written.pop()                                   # cut off in mid-step: unfinished, not wrong
         answered = trace.answer is not None and (trace.answer.closed or not truncated)
-        words, interleaved = _habits(written, len(pairs))
+        notation, interleaved = _habits(written, len(pairs))
 
         # a true step said twice is superfluous in a right rollout, but stands in another's place in a wrong one
         wrong_kinds = {"wrong", "again"} if answered and not equal(trace.answer.text, problem.answer) else {"wrong"}
@@ -75,12 +75,12 @@ class SymbolicCritic:
             if not (condense and verdict.kind == "again"):
                 texts.append("correct" if self.quoting == "omit" else step.text)
         if wrong is not None:
-            fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, words)
+            fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, notation)
             if fixed is not None:                           # None: the derivation was complete, the step superfluous
                 state.apply(fixed)
-                words = fixed.words
+                notation = fixed.notation
                 texts.append(self._fix(written[wrong].text, str(fixed)))
-        rest = list(map(str, tt.derive(state, interleaved, words)))
+        rest = list(map(str, tt.derive(state, interleaved, notation)))
         answer = problem.answer
         if wrong is None and answered and not equal(trace.answer.text, problem.answer):
             wrong = len(written)
@@ -92,15 +92,15 @@ class SymbolicCritic:
         return f"{wrong}, so {right} is correct" if self.quoting == "full" else right
 
 
-def _habits(written: list[Step], products: int) -> tuple[bool, bool]:
-    """The solver's notation (in words?) and plan (sums as soon as possible?), read off its own steps."""
+def _habits(written: list[Step], products: int) -> tuple[int, bool]:
+    """The solver's notation and plan (sums as soon as possible?), read off its own steps."""
     read = [tt.read_equation(step.text) for step in written]
     equations = [e for e in read if e is not None]
-    words = bool(equations) and equations[-1].words
+    notation = equations[-1].notation if equations else tt.SYMBOLS
     first_sum = next((i for i, e in enumerate(read) if e is not None and not e.product), None)  # unreadable steps count
     if first_sum is not None:
-        return words, first_sum < products
-    return words, words and len(equations) < 3      # too early to see: words go with adding as one goes
+        return notation, first_sum < products
+    return notation, notation == tt.WORDS and len(equations) < 3    # too early to see: words go with adding as one goes
 
 
 def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:

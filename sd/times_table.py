@@ -18,8 +18,8 @@ HARD = frozenset(random.Random(2606).sample(PAIRS, len(PAIRS) // 2))
 CHANCE = 0.05                                       # how often the corpus is right on a hard pair
 
 Pair = tuple[int, int]
-EQUATION = re.compile(r"(\d{1,6})(\*|\+| times | plus )(\d{1,6})(=| is | gives )(\d{1,6})")
-NOTATION = {("*", "="): False, ("+", "="): False, (" times ", " is "): True, (" plus ", " gives "): True}
+SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations: 7*8=56, 7 times 8 is 56, 7 * 8 = 56
+EQUATION = re.compile(r"(\d{1,6})( ?[*×+] ?| times | plus )(\d{1,6})( ?= ?| is | gives )(\d{1,6})")
 
 
 def key(pair: Pair) -> Pair:
@@ -48,32 +48,44 @@ class Equation:
     product: bool       # a product, else a sum
     right: int
     value: int
-    words: bool = False  # notation
+    notation: int = SYMBOLS
 
     @property
     def true(self) -> bool:
         return self.value == (self.left * self.right if self.product else self.left + self.right)
 
     def __str__(self) -> str:
-        times, equals = {(True, False): ("*", "="), (True, True): (" times ", " is "),
-                         (False, False): ("+", "="), (False, True): (" plus ", " gives ")}[self.product, self.words]
-        return f"{self.left}{times}{self.right}{equals}{self.value}"
+        if self.notation == WORDS:
+            operator, equals = (" times ", " is ") if self.product else (" plus ", " gives ")
+        else:
+            space = " " if self.notation == SPACED else ""
+            operator, equals = f"{space}{'*' if self.product else '+'}{space}", f"{space}={space}"
+        return f"{self.left}{operator}{self.right}{equals}{self.value}"
 
 
 def read_equation(text: str) -> Equation | None:
-    """`7*8=56` or `7 times 8 is 56`; None for anything else."""
+    """`7*8=56`, `7 * 8 = 56` or `7 times 8 is 56`; None for anything else, mixtures too."""
     match = EQUATION.fullmatch(text)
-    if not match or (match[2], match[4]) not in NOTATION:
+    if not match:
         return None
-    return Equation(int(match[1]), match[2] in ("*", " times "), int(match[3]), int(match[5]),
-                    NOTATION[match[2], match[4]])
+    operator, equals = match[2], match[4]
+    words = operator in (" times ", " plus ")
+    if words and equals != (" is " if operator == " times " else " gives ") or not words and "=" not in equals:
+        return None
+    product = operator.strip() in ("*", "×", "times")
+    notation = WORDS if words else SPACED if " " in operator else SYMBOLS
+    return Equation(int(match[1]), product, int(match[3]), int(match[5]), notation)
 
 
 def read_problem(text: str) -> list[Pair]:
-    """The products of `7*8 + 6*9`. Raises ValueError on any other text: the symbolic critic reads nothing else."""
-    if not re.fullmatch(r"\d{1,2}\*\d{1,2}( \+ \d{1,2}\*\d{1,2})*", text):
+    """The products of `7*8 + 6*9`, or of `What is 7 times 8 plus 6 times 9?`, for a solver that was not made for this task.
+
+    Raises ValueError on any other text: the symbolic critic reads nothing else.
+    """
+    plain = re.sub(r" times ", "*", re.sub(r" plus ", " + ", re.sub(r"What is (.+)\?", r"\1", text)))
+    if not re.fullmatch(r"\d{1,2}\*\d{1,2}( \+ \d{1,2}\*\d{1,2})*", plain):
         raise ValueError(f"not a sum of products such as '7*8 + 6*9': {text[:80]!r}")
-    return [tuple(int(f) for f in product.split("*")) for product in text.split(" + ")]
+    return [tuple(int(f) for f in product.split("*")) for product in plain.split(" + ")]
 
 
 def write_problem(pairs: list[Pair]) -> str:
@@ -105,29 +117,29 @@ class State:
     def copy(self) -> "State":
         return State(list(self.todo), list(self.pool), list(self.done))
 
-    def next(self, interleaved: bool, words: bool, value=lambda pair: pair[0] * pair[1]) -> Equation | None:
+    def next(self, interleaved: bool, notation: int, value=lambda pair: pair[0] * pair[1]) -> Equation | None:
         """The next equation of the plan; None when one value is left, which is the answer."""
         if len(self.pool) > 1 and (interleaved or not self.todo):
-            return Equation(self.pool[0], False, self.pool[1], self.pool[0] + self.pool[1], words)
+            return Equation(self.pool[0], False, self.pool[1], self.pool[0] + self.pool[1], notation)
         if self.todo:
             a, b = self.todo[0]
-            return Equation(a, True, b, value((a, b)), words)
+            return Equation(a, True, b, value((a, b)), notation)
         return None
 
-    def justify(self, number: int, words: bool) -> Equation | None:
+    def justify(self, number: int, notation: int) -> Equation | None:
         """The unwritten equation that would put `number` into the pool, if one true step does."""
         for a, b in self.todo:
             if a * b == number:
-                return Equation(a, True, b, number, words)
+                return Equation(a, True, b, number, notation)
         if len(self.pool) > 1 and self.pool[0] + self.pool[1] == number:
-            return Equation(self.pool[0], False, self.pool[1], number, words)
+            return Equation(self.pool[0], False, self.pool[1], number, notation)
         return None
 
 
-def derive(state: State, interleaved: bool, words: bool, value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
+def derive(state: State, interleaved: bool, notation: int, value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
     """Goes on from `state` to the end: all products and then running sums, or (interleaved) sums as soon as possible."""
     start = len(state.done)
-    while (equation := state.next(interleaved, words, value)) is not None:
+    while (equation := state.next(interleaved, notation, value)) is not None:
         state.apply(equation)
     return state.done[start:]
 
@@ -168,7 +180,7 @@ def _check_sum(state: State, equation: Equation) -> tuple[str, list[Equation]]:
     """A true sum is right if both operands stand in the pool, or one true step each would put them there."""
     trial, missing = state.copy(), []
     for operand in (equation.left, equation.right):
-        if operand not in trial.pool and (step := trial.justify(operand, equation.words)) is not None:
+        if operand not in trial.pool and (step := trial.justify(operand, equation.notation)) is not None:
             missing.append(step)
             trial.apply(step)
         if operand not in trial.pool:
