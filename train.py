@@ -8,6 +8,7 @@
 Read `train` top to bottom: sample, feedback, loss, step, log.
 """
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from sd.lora import add_lora
 from sd.metrics import evaluate
 from sd.plan import plan
 from sd.problems import Problem, embedded, read_problems
-from sd.ranks import Ranks
+from sd.ranks import Lost, Ranks
 from sd.runs import RunFolder, Signals, Stop
 from sd.sampling import sample_in_parts, uniforms
 from sd.scribe import LocalCritic, ServerCritic
@@ -57,7 +58,7 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer)
     if config.cond != "critique":
         return None
     if config.critic == "symbolic":
-        return SymbolicCritic(config.quoting)
+        return SymbolicCritic(config.quoting, config.critic_noise)
     if "://" in config.critic:
         return ServerCritic(config.critic, "", config.critic_tokens)
     if config.critic == "self":
@@ -89,7 +90,8 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
     for step in range(begin, steps + 1):
         if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
             scores = evaluate(student, tokenizer, validation, config.eval_samples, config.temperature,
-                              config.max_new_tokens, config.seed, rows=config.sample_batch, ranks=ranks)
+                              config.max_new_tokens, config.seed, rows=config.sample_batch, ranks=ranks,
+                              compile=config.compile)
             with signals.shielded():
                 run.evaluated(step, scores)
         if step == steps:
@@ -101,7 +103,8 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         prompts = [tokenizer.student_prompt(p.problem) for p in batch]
         noise = uniforms(config.batch * group, config.max_new_tokens, config.seed, "rollouts", step)
         rollouts = sample_in_parts(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
-                                   noise[share.start * group:share.stop * group], config.sample_batch)
+                                   noise[share.start * group:share.stop * group], config.sample_batch,
+                                   config.compile)
         if ranks.total(float(not torch.isfinite(rollouts.logprobs).all())):     # grpo's loss would be 0: nothing is right
             raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; nothing was updated. "
                                      "Lower --lr, or look at the weights of --model")
@@ -161,6 +164,8 @@ def main() -> int:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
+    except Lost as error:
+        status, message = 1, f"train.py: {error}" if ranks.rank == 0 else ""
     except Stop as stop:
         status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
         if run and run.student is not None:
@@ -172,11 +177,12 @@ def main() -> int:
     except (UserError, Stop) as error:
         if isinstance(error, UserError) and status != 2:            # else the first failed write has been told
             message += f"\ntrain.py: {error}"
-        status = status or 2
+        status = status or (2 if isinstance(error, UserError) else 128 + error.number)
     signals.restore()
     if ranks is not None and status == 0:
         ranks.close()
-    if status or ranks is None or ranks.rank == 0:
+    first = os.environ.get("RANK", "0") == "0"
+    if message and (ranks.first_to_tell(message) if ranks and status in (1, 2) else first):
         print(message, file=sys.stderr if status else sys.stdout)
     return status
 

@@ -37,8 +37,10 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()                   # with the user's permissions; safetensors would make it unreadable to others
+        temporary.touch()
+        mode = temporary.stat().st_mode     # the user's own; safetensors puts a file there that others cannot read
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -63,7 +65,7 @@ def read_config(folder: Path) -> ModelConfig:
     """config.json -> ModelConfig. Raises UserError naming the file and the entry that is missing or not supported."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: not a checkpoint folder (no config.json in it)") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -76,7 +78,8 @@ def read_config(folder: Path) -> ModelConfig:
     for name, allowed in UNUSED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise UserError(f"{path}: {name} {str(raw[name])[:80]} is not supported")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise UserError(f"{path}: layer_types other than full_attention are not supported")
     if raw.get("attention_bias") and raw["model_type"] != "qwen2":
         raise UserError(f"{path}: attention_bias is not supported for {raw['model_type']}")
@@ -84,7 +87,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
     if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
         raise UserError(f"{path}: rms_norm_eps must be a number, not {raw['rms_norm_eps']!r}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in this order, as transformers
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rope_scaling and rope_parameters must be one object for all layers")
+    if rope.get("partial_rotary_factor") not in UNUSED["partial_rotary_factor"]:
+        raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]} is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if raw["model_type"] == "llama" else None))
     if not isinstance(theta, (int, float)) or not theta > 1:
         raise UserError(f"{path}: rope_theta must be a number above 1, not {theta!r}")

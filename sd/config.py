@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sd import UserError
+from sd.compile import check_compile
 from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
 
@@ -37,6 +38,7 @@ class Config:
                           ("base", "ema", "live"))
     ema_decay: float = option(0.95, "decay per step of the ema teacher")
     quoting: str = option("partial", "how a symbolic critique quotes the rollout's steps", QUOTING)
+    critic_noise: float = option(0.0, "share of a symbolic critic's corrections that are wrong, on purpose")
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
     temperature: float = option(1.1, "of the rollouts, and of both distributions in the loss")
     max_new_tokens: int = option(80, "tokens a rollout may have")
@@ -55,9 +57,11 @@ class Config:
     micro_batch: int = option(64, "rollouts scored at once")
     sample_batch: int = option(512, "rollouts sampled at once")
     recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
+    compile: bool = option(False, "compile the decode step and the loss: CUDA graphs, or C++ on a CPU (needs g++)")
     # the evaluation on validation problems, which chooses best/
     eval_every: int = option(10, "steps between evaluations")
     eval_samples: int = option(4, "rollouts per validation problem")
+    keep: bool = option(False, "keep the checkpoint of every evaluation, as step-N/")
 
     @property
     def rollouts_per_problem(self) -> int:
@@ -82,14 +86,17 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise UserError("--beta must be between 0 and 1; its ends are --divergence reverse and forward")
-        if not 0 <= self.ema_decay <= 1:
-            raise UserError(f"--ema-decay must be between 0 and 1, not {self.ema_decay}")
+        for name in ("ema_decay", "critic_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise UserError("--dtype bfloat16 needs --lora-rank: steps of the usual size vanish in bfloat16 weights")
         if bool(self.data) != bool(self.val):
             raise UserError("--data and --val go together: problems to train on, and others that choose the best checkpoint")
+        if self.compile:
+            check_compile(self.torch_device)
         self.torch_device
 
 

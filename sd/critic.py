@@ -12,6 +12,7 @@ sequence as they saw it), so it is an option here:
   full     the wrong step is quoted too, its correction comes after
   omit     "correct" in place of each correct step: nothing to anchor to
 """
+import random
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,8 +42,8 @@ class Critic(Protocol):
 class SymbolicCritic:
     """Exact on the embedded task: every judgement is arithmetic (`times_table.check`), every continuation is derived."""
 
-    def __init__(self, quoting: str = "partial"):
-        self.quoting = quoting
+    def __init__(self, quoting: str = "partial", noise: float = 0.0):
+        self.quoting, self.noise = quoting, noise       # noise: share of the corrected products that are wrong, on purpose
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
         return [self(*rollout) for rollout in zip(problems, texts, truncated)]
@@ -76,12 +77,14 @@ class SymbolicCritic:
                 texts.append("correct" if self.quoting == "omit" else step.text)
         if wrong is not None:
             fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, notation)
+            if fixed is not None and fixed.product and (rng := random.Random(f"{problem.id} {text}")).random() < self.noise:
+                fixed = replace(fixed, value=rng.choice(tt.usual_mistakes(tt.key((fixed.left, fixed.right)))))
             if fixed is not None:                           # None: the derivation was complete, the step superfluous
                 state.apply(fixed)
                 notation = fixed.notation
                 texts.append(self._fix(written[wrong].text, str(fixed)))
         rest = list(map(str, tt.derive(state, interleaved, notation)))
-        answer = problem.answer
+        answer = str(state.pool[0]) if self.noise and len(state.pool) == 1 else problem.answer
         if wrong is None and answered and not equal(trace.answer.text, problem.answer):
             wrong = len(written)
             answer = self._fix(trace.answer.text, answer)

@@ -34,9 +34,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y + self.adapter(x) if self.on else y
+
+    def adapter(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def merged(self) -> Tensor:
         return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
@@ -66,11 +67,14 @@ def plain_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: Path, model: Transformer, base: str) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them; nothing if there is no adapter."""
+    """Writes FOLDER/adapter/ as PEFT reads it; nothing if there is no adapter.
+
+    In a folder of its own: beside merged weights transformers would put it on top of them, a second time.
+    """
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not adapted:
         return
-    rank = adapted[0].lora_A.size(0)
+    rank, folder = adapted[0].lora_A.size(0), folder / "adapter"
     write_atomic(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": adapted[0].scale * rank, "lora_dropout": 0.0, "bias": "none", "target_modules": list(TARGETS),

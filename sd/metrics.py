@@ -34,6 +34,7 @@ class Scores:
         for name, values in (("avg", self.avg), ("maj", self.maj), ("pass", self.passed)):
             low, high = bootstrap(values)
             out[f"{name}@{k}"] = {"mean": 100 * values.mean(), "low": 100 * low, "high": 100 * high}
+        out["values"] = {"avg": self.avg.tolist(), "maj": self.maj.tolist(), "pass": self.passed.tolist()}  # per problem
         return out | {"mean_length": self.lengths.mean(), "truncated": 100 * self.truncated.mean()}
 
 
@@ -62,7 +63,7 @@ def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float,
              max_new_tokens: int, seed: int, context: str | None = None, critic: Critic | None = None, rows: int = 400,
-             ranks: Ranks | None = None) -> Scores:
+             ranks: Ranks | None = None, compile: bool = False) -> Scores:
     """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
 
     With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a rollout that
@@ -80,13 +81,13 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
         prompts = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part]
     elif context == "critique":
         first = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
-                                draws("evaluate, first"), rows)
+                                draws("evaluate, first"), rows, compile)
         owners = [p for p in part for _ in range(samples)]
         critiques = (critic or SymbolicCritic()).batch(owners, list(map(tokenizer.decode, first.completions())),
                                                        first.truncated.tolist())
         prompts, group = [tokenizer.student_prompt(p.problem) if c.malformed else
                           tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)], 1
-    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows)
+    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows, compile)
     found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
              for c, cut in zip(out.completions(), out.truncated.tolist())]
     found = ranks.gather(found) if ranks else found

@@ -37,8 +37,8 @@ SLIP = 0.4                              # share of context examples with wrong p
 MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
 FOLLOW = 1 / 3                          # share of reference examples whose trace follows the reference: its order, in words
-CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 256,
-          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
           "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
           "attention_bias": False, "hidden_act": "silu", "torch_dtype": "float32"}
 
@@ -123,11 +123,11 @@ def collate(examples: list) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def train_solver(folder: Path, seed: int, steps_total: int, batch: int = 96, lr: float = 2e-3) -> Transformer:
+def train_solver(folder: Path, seed: int, steps_total: int, width: int = 128, batch: int = 96, lr: float = 2e-3) -> Transformer:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer(folder / "tokenizer.json")
-    config = CONFIG | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos[0]}
+    config = CONFIG | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos[0]}
     write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     model = Transformer(read_config(folder))
     for p in model.parameters():
@@ -201,10 +201,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder to write (default: the embedded solver's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
+    parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
     parser.add_argument("--only", choices=("solver", "problems", "report"), help="one stage, with what is there")
     args = parser.parse_args()
     if args.only in (None, "solver"):
-        train_solver(args.out, args.seed, args.steps)
+        train_solver(args.out, args.seed, args.steps, args.width)
     model, tokenizer, _ = load(args.out)
     if args.only in (None, "problems"):
         make_problems(args.out, model, tokenizer, args.seed)

@@ -45,3 +45,10 @@ def read_problems(path: Path) -> list[Problem]:
 def embedded(split: str) -> list[Problem]:
     """The embedded task's "train", "val" or "test" problems; `python -m sd.pretrain` made them."""
     return read_problems(ASSETS / f"{split}.jsonl")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from sd.filter import main      # needs the model, so it stands further down the list of files
+    sys.exit(main())

@@ -15,6 +15,10 @@ import torch.distributed as dist
 WAIT = timedelta(minutes=30)        # a rank may wait for another's longest rollouts, or for its critic
 
 
+class Lost(Exception):
+    """Another rank has ended; it says itself why."""
+
+
 class Ranks:
     def __init__(self, device: torch.device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -30,7 +34,7 @@ class Ranks:
         if self.world == 1:
             return number
         tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        self._all(dist.all_reduce, tensor)
         return tensor.item()
 
     def gather(self, rows: list) -> list:
@@ -39,23 +43,36 @@ class Ranks:
             return rows
         data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+        self._all(dist.all_gather, sizes, torch.tensor([len(data)], device=self.device))
         padded = data.new_zeros(int(max(sizes)))
         padded[:len(data)] = data
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        self._all(dist.all_gather, parts, padded)
         return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:int(size)].tolist()))]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Adds up the gradients of all ranks, in one buffer."""
-        if self.world == 1:
+        """Adds up the gradients of all ranks, in one buffer. If no rank has any, none appear: AdamW then does nothing."""
+        if self.world == 1 or not self.total(sum(p.grad is not None for p in parameters)):
             return
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
+        self._all(dist.all_reduce, flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(grad.view_as(p))
+
+    def first_to_tell(self, message: str) -> bool:
+        """Whether no rank has told this yet: what all of them find wrong is printed once."""
+        try:
+            return self.world == 1 or dist.distributed_c10d._get_default_store().add(message, 1) == 1
+        except RuntimeError:                # the rank that holds the store has ended
+            return True
+
+    def _all(self, operation, *tensors) -> None:
+        try:
+            operation(*tensors)
+        except RuntimeError as error:       # gloo and NCCL know no other
+            raise Lost(f"another process of this run has ended ({str(error)[:200]})") from None
 
     def close(self) -> None:
         if self.world > 1:

@@ -8,6 +8,7 @@ made from the seed and the step. Two states are kept, each with a checksum; the 
 """
 import hashlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from sd.config import Config
 from sd.lora import plain_weights, save_adapter
 from sd.metrics import Scores
 from sd.ranks import Ranks
+from sd.report import write_report
 
 SAVE_EVERY = 60.0       # seconds between states, beside those at evaluations
 
@@ -37,7 +39,10 @@ class Stop(BaseException):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into Stop: at once, or at the end of a `shielded` block, which must be whole or not be."""
+    """Turns SIGINT and SIGTERM into Stop: at once, or at the end of a `shielded` block, which must be whole or not be.
+
+    The first one only: a second Ctrl-C does not interrupt the way out.
+    """
 
     def __init__(self):
         self.depth, self.waiting = 0, 0
@@ -47,10 +52,13 @@ class Signals:
                 signal.signal(number, self._caught)
 
     def _caught(self, number: int, frame) -> None:
-        if self.depth:
-            self.waiting = number
-        else:
-            raise Stop(number)
+        self.waiting = number
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.waiting and not self.depth:
+            self.depth = 1
+            raise Stop(self.waiting)
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
@@ -59,9 +67,7 @@ class Signals:
             yield
         finally:
             self.depth -= 1
-        if self.waiting and not self.depth:
-            number, self.waiting = self.waiting, 0
-            raise Stop(number)
+        self._stop()
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -94,6 +100,7 @@ class RunFolder:
             self._load_state()
         elif self.writes:
             write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
+            self._save_state()              # the first evaluation may take long, and the run may end in it
         self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                   f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
                   (f", from step {self.done}" if self.resume else ""))
@@ -120,14 +127,18 @@ class RunFolder:
         if better:
             self.best = scores.avg.mean()
             self._checkpoint("best", step=step, val_avg=avg)
+        if self.config.keep:
+            self._checkpoint(f"step-{step}", step=step, val_avg=avg)
         self.evaluated_at = step
         self._save_state()
 
     def close(self) -> None:
-        """Whatever ends the run: the state and last/ are written, if it had begun."""
+        """Whatever ends the run: the state, last/ and the report are written, if it had begun."""
         if self.student is not None:
             self._save_state()
             self._checkpoint("last", step=self.done)
+            if self.writes and self.evaluated_at >= 0:
+                write_report([self.path], self.path / "report.html")
 
     def _checkpoint(self, name: str, **facts) -> None:
         if self.writes:
@@ -161,7 +172,8 @@ class RunFolder:
                 for name in ("metrics.jsonl", "rollouts.jsonl")}
         tensors = self._state()
         facts = {"step": self.done, "best": float(self.best), "evaluated_at": self.evaluated_at, "logs": logs,
-                 "seconds": time.time() - self.started, "sha256": checksum(tensors)}
+                 "seconds": time.time() - self.started}
+        facts["sha256"] = checksum(tensors, facts)
         with atomic(self.path / f"state-{self.done}.safetensors") as temporary:
             save_file(tensors, temporary, {"run": json.dumps(facts)})
         for old in self._states()[2:]:
@@ -180,10 +192,10 @@ class RunFolder:
                 with safe_open(path, "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
                     facts = json.loads((file.metadata() or {})["run"])
-                if checksum(tensors) != facts["sha256"]:
+                if facts.pop("sha256") != checksum(tensors, facts):
                     raise ValueError("its checksum is wrong")
                 break
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 self._say(f"{path}: damaged ({error}); the state before it is taken")
         else:
             raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
@@ -202,15 +214,18 @@ class RunFolder:
             raise UserError(f"{path}: is not a state of --model {self.source} ({str(error)[:200]})") from None
         self.done, self.best, self.evaluated_at = facts["step"], facts["best"], facts["evaluated_at"]
         self.started = time.time() - facts["seconds"]
-        for name, size in facts["logs"].items() if self.writes else ():
+        if not self.writes:
+            return
+        for name, size in facts["logs"].items():
             if (log := self.path / Path(name).name).exists():
-                with open(log, "rb+") as file:
-                    file.truncate(size)
+                os.truncate(log, min(size, log.stat().st_size))     # a larger size would fill it with zeros
+        for left in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
+            left.unlink()                                           # half a file, ours or safetensors'
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def checksum(tensors: dict[str, torch.Tensor], facts: dict) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -49,7 +49,7 @@ class Tokenizer:
         self.fast.no_padding()
         self.fast.no_truncation()
         self.path = path
-        self.vocab_size = self.fast.get_vocab_size()
+        self.vocab_size = 1 + max(self.fast.get_vocab().values(), default=-1)       # ids may have gaps
         ends = [self.fast.token_to_id(token) for token in ENDS]
         self.eos = tuple(token for token in ends if token is not None)
         if not self.eos:
@@ -69,13 +69,13 @@ class Tokenizer:
 
         A character cut in two by its bytes belongs to the token that completes it.
         """
-        pieces, pending = [], []
+        pieces, pending, said = [], [], 0
         for i, token in enumerate(ids):
             pending.append(token)
             text = self.decode(pending)
-            cut = text.endswith("\ufffd") and len(pending) < 4 and i < len(ids) - 1
-            pieces.append("" if cut else text)
-            pending = pending if cut else []
+            cut = text.endswith("\ufffd") and i < len(ids) - 1      # one such stands for all bytes of a cut character
+            pieces.append(text[said:len(text) - cut])
+            pending, said = (pending, len(text) - 1) if cut else ([], 0)
         return pieces
 
     def student_prompt(self, problem: str) -> list[int]:

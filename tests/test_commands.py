@@ -70,7 +70,7 @@ def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
     folder, result = runs[cond]
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best", "config.json", "last", "metrics.jsonl", "rollouts.jsonl", "state-1.safetensors", "state-2.safetensors"]
+        "best", "config.json", "last", "metrics.jsonl", "report.html", "rollouts.jsonl", "state-1.safetensors", "state-2.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["cond"], config["steps"], config["lr"], config["out"]) == (cond, 2, 1e-3, str(folder))
     trained = [row for row in rows(folder) if "loss" in row]

@@ -1,0 +1,317 @@
+"""Where the feedback falls: the per-token advantage of each context on the solver's own wrong rollouts.
+
+    python -m sd.advantage                          the embedded solver, validation problems
+    python -m sd.advantage runs/ref-seed0/best --teacher sd/assets --html advantage.html
+
+A rollout y of problem x is read again under context c; self-distillation is a policy gradient with the advantage
+
+    A_t = log teacher(y_t | x, c, y_<t) - log student(y_t | x, y_<t)        at the rollout temperature, in float32
+
+c is the critique as partial copy, full quote or omission, or the reference solution; beside them stands grpo's constant
+A_i = (r_i - mean(r)) / std(r). A rollout is wrong if its answer is and the critic finds a first wrong step (case D).
+Simplified: only the sampled token counts, the loss sums over the vocabulary; characters tell where a step departs.
+"""
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from html import escape
+from math import copysign, log1p
+from os.path import commonprefix
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sd import UserError, losses
+from sd.answers import equal, final_answer
+from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.conditions import CHUNK, completion_hidden, feedback
+from sd.config import Config
+from sd.critic import QUOTING, Critic, SymbolicCritic
+from sd.model import Transformer
+from sd.problems import Problem, embedded
+from sd.report import script_json
+from sd.sampling import sample_in_parts, uniforms
+from sd.steps import TAGS, Step, Trace, parse, token_span
+from sd.tokenizer import Tokenizer
+
+KINDS, MASS = ("correct steps before", "wrong step up to error", "first wrong token", "after it"), "A<0 on wrong step"
+LINEAR = 0.1            # the figures' scale is linear about 0 and logarithmic beyond: A_t goes from +0.1 to below -10
+SHOWN = 12              # rollouts on the page
+ROWS, MICRO = 400, 64   # rollouts sampled at once, and read at once
+TEMPLATE = Path(__file__).parent / "assets/advantage.html"
+
+
+@dataclass
+class Row:
+    """A wrong rollout of T tokens; `first` is its first wrong token, [start, end) are the tokens of the wrong step."""
+    problem: Problem
+    ids: list[int]
+    pieces: list[str]
+    start: int
+    first: int
+    end: int
+    grpo: float                     # A_i
+    contexts: dict[str, str]        # name -> what the self-teacher is shown
+    prompts: dict[str, list[int]]   # "student" and each context -> the prompt
+    logp: dict[str, np.ndarray] = field(default_factory=dict)   # the same -> (T) log-probabilities of y
+
+    def kinds(self) -> np.ndarray:
+        """(T) indices into KINDS."""
+        return np.digitize(np.arange(len(self.ids)), [self.start, self.first, self.first + 1])
+
+    def advantages(self) -> dict[str, np.ndarray]:
+        """Context -> A_t (T)."""
+        told = {name: logp - self.logp["student"] for name, logp in self.logp.items() if name != "student"}
+        return told | {"grpo": np.full(len(self.ids), self.grpo)}
+
+
+def corrected(trace: Trace, wrong: int, critique: Trace) -> str | None:
+    """What the critique says in place of step `wrong`: the step after its copy of those before, if there is one.
+
+    Not just its step `wrong`: the critic may have inserted missing steps among the copied ones.
+    """
+    if wrong == len(trace.steps):
+        return critique.answer.text if critique.answer else None
+    at, texts = 0, [step.text for step in critique.steps]
+    for step in trace.steps[:wrong]:
+        at = next((i + 1 for i in range(at, len(texts)) if texts[i] == step.text), len(texts))
+    return texts[at] if at < len(texts) else None
+
+
+def locate(pieces: list[str], step: Step, right: str | None) -> tuple[int, int, int]:
+    """The wrong step's first token, the first wrong token, one past the step's last; `right` is what it should say.
+
+    The first wrong token holds the first character that departs from `right`; without a `right` it is the step's first.
+    Step.start and end include the tags, and a token across a border belongs to the step in which it begins:
+
+        trace  <step_1> 3*3=9 </step_1>\\n<step_2> 4*7=29 </step_2>\\n<answer> 38 </answer>       right = "4*7=28"
+        token  "<step_1> " 3 * 3 = 9 " </step_1>\\n<step_2> " 4 * 7 =  2  9 " </step_2>\\n<answer> " 3  8 " </answer>" eos
+        index       0      1 2 3 4 5             6            7 8 9 10 11 12           13           14 15     16       17
+        step   [------------ step 1, correct --------------] [----- step 2, wrong: (7, 12, 14) -----] [--- answer ---]
+        kind   correct steps before ........................ up to error .. 12 after it ................................
+    """
+    text, (start, end) = "".join(pieces), token_span(pieces, step.start, step.end)
+    if right is None or right == step.text:
+        return start, start, max(end, start + 1)
+    at = text.index(step.text, TAGS.match(text, step.start).end()) + len(commonprefix([step.text, right]))
+    first = token_span(pieces, 0, at + 1)[1] - 1        # the last token that begins at or before that character
+    return min(start, first), first, max(end, first + 1)
+
+
+@torch.no_grad()
+def read_again(model: Transformer, prompts: list[list[int]], ids: list[list[int]],
+               temperature: float) -> list[np.ndarray]:
+    """log model(y_t | prompt, y_<t) at the rollout temperature, in float32; one array (T) per rollout."""
+    out, chunk = [], max(1, CHUNK // model.config.vocab_size)
+    for at in range(0, len(prompts), MICRO):
+        part = ids[at:at + MICRO]
+        hidden = completion_hidden(model, prompts[at:at + MICRO], part)                         # (M, C)
+        tokens = torch.tensor([token for y in part for token in y], device=hidden.device)       # (M)
+        logp = torch.cat([losses.of_token(losses.log_probs(model.lm_head(h), temperature), y)
+                          for h, y in zip(hidden.split(chunk), tokens.split(chunk))])           # (M)
+        if not logp.isfinite().all():
+            raise UserError("the model's probabilities are not finite, so there is no advantage to look at")
+        out += [y.numpy() for y in logp.cpu().split([len(y) for y in part])]
+    return out
+
+
+def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem],
+         ids: list[list[int]], cut: list[bool], grpo: list[float], critics: dict[str, Critic],
+         temperature: float) -> list[Row]:
+    """Reads rollouts, one of each problem, under every context; those without a first wrong step are left out.
+
+    The first of `critics` says which step is wrong and what it should be, so it is the one that quotes partially.
+    """
+    pieces = [tokenizer.pieces(y) for y in ids]
+    texts, limit = ["".join(p) for p in pieces], teacher.config.max_position_embeddings - max(map(len, ids), default=0)
+    conds = {name: "critique" for name in critics} | ({"ref": "ref"} if all(p.solution for p in problems) else {})
+    told = {name: feedback(cond, problems, texts, cut, [], 1, critics.get(name), tokenizer, limit)
+            for name, cond in conds.items()}
+    rows, critiques = [], told[next(iter(critics))].critiques
+    for i, (problem, critique) in enumerate(zip(problems, critiques)):
+        prompts = {name: of.teacher_prompts[i] for name, of in told.items()}
+        if critique.case != "D" or critique.wrong is None or None in prompts.values():      # None: a malformed critique
+            continue
+        trace = parse(texts[i])
+        place = locate(pieces[i], [*trace.steps, trace.answer][critique.wrong],
+                       corrected(trace, critique.wrong, parse(critique.text)))
+        shown = {name: of.critiques[i].text if of.critiques else problem.solution for name, of in told.items()}
+        prompts["student"] = tokenizer.student_prompt(problem.problem)
+        rows.append(Row(problem, ids[i], pieces[i], *place, grpo[i], shown, prompts))
+    for name in rows[0].prompts if rows else ():
+        logp = read_again(student if name == "student" else teacher, [row.prompts[name] for row in rows],
+                          [row.ids for row in rows], temperature)
+        for row, y in zip(rows, logp):
+            row.logp[name] = y
+    return rows
+
+
+def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem],
+            critics: dict[str, Critic], samples: int = 8, temperature: float = Config.temperature,
+            max_new_tokens: int = Config.max_new_tokens, seed: int = 0) -> list[Row]:
+    """Samples `samples` rollouts of every problem, which are a group of grpo's, and looks at the wrong ones."""
+    owners = [p for p in problems for _ in range(samples)]
+    rollouts = sample_in_parts(student, [tokenizer.student_prompt(p.problem) for p in problems], tokenizer.eos,
+                               max_new_tokens, temperature, samples,
+                               uniforms(len(owners), max_new_tokens, seed, "advantage"), ROWS)
+    if not rollouts.logprobs.isfinite().all():
+        raise UserError("the solver's probabilities are not finite, so there is nothing to look at")
+    ids, cut = rollouts.completions(), rollouts.truncated.tolist()
+    right = [equal(final_answer(tokenizer.decode(y), c), p.answer) for p, y, c in zip(owners, ids, cut)]
+    grpo = losses.group_advantages(torch.tensor(right).float().view(-1, samples)).flatten().tolist()
+    some = [[of[i] for i, good in enumerate(right) if not good] for of in (owners, ids, cut, grpo)]
+    return look(student, teacher, tokenizer, *some, critics, temperature)
+
+
+def ratio(above: np.ndarray, below: np.ndarray, draws: int = 10_000, seed: int = 0) -> dict | None:
+    """sum(above) / sum(below) of sums per problem (P), with its 95 % percentile interval; None where all below are 0.
+
+    A cluster bootstrap that draws problems with all their tokens: the rollouts of a problem share its facts and their
+    group, the tokens of a rollout its error, so drawing rollouts or tokens would give intervals that are too narrow.
+    """
+    if not below.any():
+        return None
+    drawn = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))            # (draws, P)
+    with np.errstate(invalid="ignore"):                 # a draw may hold no token of a rare kind
+        low, high = np.nanquantile(above[drawn].sum(1) / below[drawn].sum(1), [0.025, 0.975])
+    return {"mean": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}
+
+
+def summarise(rows: list[Row]) -> dict[str, dict]:
+    """context -> kind -> mean with interval, median, shares beyond -0.5 and +0.5, tokens; and the share of the negative
+    mass, the sum of min(A_t, 0), that falls on the wrong step."""
+    lengths, advantages = [len(row.ids) for row in rows], [row.advantages() for row in rows]
+    owner = np.repeat(np.unique([row.problem.id for row in rows], return_inverse=True)[1], lengths)     # (M)
+    kinds = np.concatenate([row.kinds() for row in rows])                                               # (M)
+    inside = np.concatenate([np.digitize(np.arange(n), [r.start, r.end]) == 1 for r, n in zip(rows, lengths)])
+    out: dict[str, dict] = {}
+    for name in advantages[0]:
+        a = np.concatenate([told[name] for told in advantages]).astype(float)                           # (M)
+        mass = np.minimum(a, 0)
+        out[name] = {MASS: ratio(np.bincount(owner, mass * inside), np.bincount(owner, mass))}          # (P), (P)
+        for i, kind in enumerate(KINDS):
+            of, some = kinds == i, a[kinds == i]
+            out[name][kind] = ratio(np.bincount(owner, a * of), np.bincount(owner, of)) if len(some) else None
+            if len(some):
+                out[name][kind] |= {"median": float(np.median(some)), "below": float((some < -0.5).mean()),
+                                    "above": float((some > 0.5).mean()), "tokens": len(some)}
+    return out
+
+
+def table(summary: dict[str, dict]) -> str:
+    """Contexts x kinds: mean A_t, its interval, and the share of tokens below -0.5; the rest is in the JSON."""
+    lines = [" " * 8 + "".join(title.rjust(28) for title in (*KINDS, MASS))]
+    for name, of in summary.items():
+        cells = ["{mean:.2f} [{low:.2f}, {high:.2f}] {below:5.0%}".format(**of[k]) if of[k] else "-" for k in KINDS]
+        cells.append("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**of[MASS]) if of[MASS] else "-")
+        lines.append(name.ljust(8) + "".join(cell.rjust(28) for cell in cells))
+    return "\n".join(lines)
+
+
+def figure(summary: dict[str, dict]) -> str:
+    """The means as an SVG of its own: bars with intervals, on a card that follows the reader's light or dark scheme."""
+    def scale(value: float) -> float:
+        return copysign(log1p(abs(value) / LINEAR), value)
+
+    def x(value: float) -> float:
+        return 84 + 224 * (scale(value) - lowest) / (highest - lowest)
+
+    means = [of[kind] for of in summary.values() for kind in KINDS if of[kind]]
+    lowest, highest = scale(min(m["low"] for m in means) - LINEAR), scale(max(m["high"] for m in means) + LINEAR)
+    bars, y = [], 30
+    for kind in KINDS:
+        bars.append(f'<text x="16" y="{y}" class="kind">{kind}</text>')
+        for name, of in summary.items():
+            y += 18
+            bars.append(f'<text x="76" y="{y}" class="end">{escape(name)}</text>')
+            if m := of[kind]:
+                left, right = sorted((x(0), x(m["mean"])))
+                bars.append(
+                    f'<rect x="{left:.1f}" y="{y - 11}" width="{max(right - left, 1):.1f}" height="13" '
+                    f'class="{"above" if m["mean"] > 0 else "below"}"/>'
+                    f'<path d="M{x(m["low"]):.1f} {y - 8}v7m0 -3.5H{x(m["high"]):.1f}m0 -3.5v7" class="interval"/>' +
+                    '<text x="424" y="{}" class="end">{mean:.2f} [{low:.2f}, {high:.2f}]</text>'.format(y, **m))
+        y += 34
+    for tick in [v for v in (-10, -3, -1, -0.3, 0, 0.3, 1, 3, 10) if lowest <= scale(v) <= highest]:
+        bars.insert(0, f'<path d="M{x(tick):.1f} 34V{y - 26}" class="{"grid" if tick else "zero"}"/>'
+                       f'<text x="{x(tick):.1f}" y="{y - 12}" class="tick">{tick:g}</text>')
+    svg = TEMPLATE.read_text().split("<!--FIGURE-->")[1].strip()
+    svg = svg.replace("HEIGHT", str(y + 30)).replace("NOTE", str(y + 6))
+    return svg.replace("<!--BARS-->", re.sub(r"(?<=[>[])-|(?<=, )-", "\u2212", "".join(bars))) + "\n"     # minus signs
+
+
+def page(rows: list[Row], summary: dict[str, dict], facts: dict) -> str:
+    """The template with the figure and, as JSON in which no character can end the script element, everything else."""
+    firsts = {row.problem.id: row for row in reversed(rows)}.values()       # the first of each problem
+    spread = sorted(firsts, key=lambda row: row.grpo)                       # most are 0: show some of the others too
+    chosen = [spread[int(i)] for i in np.linspace(0, len(spread) - 1, min(SHOWN, len(spread)))]
+    rollouts = [{"problem": r.problem.problem, "truth": r.problem.answer, "tokens": r.pieces, "grpo": r.grpo,
+                 "kinds": r.kinds().tolist(), "start": r.start, "first": r.first, "end": r.end, "contexts": r.contexts,
+                 "logp": {name: [round(float(v), 4) for v in logp] for name, logp in r.logp.items()}} for r in chosen]
+    data = script_json({"facts": facts, "kinds": KINDS, "mass": MASS, "linear": LINEAR, "summary": summary,
+                        "rollouts": rollouts})
+    before, _, between, after = re.split("<!--(?:FIGURE|DATA)-->", TEMPLATE.read_text())
+    return before + figure(summary) + between + data + after
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sd.advantage", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=EMBEDDED, metavar="FOLDER",
+                        help="the student (default: the embedded solver)")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="the self-teacher (default: the student)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="(default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=10 ** 6, metavar="N", help="only the first N (default: all)")
+    parser.add_argument("--samples", type=int, default=8, help="rollouts per problem: grpo's group (default: 8)")
+    parser.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    for name, what in ("json", "all numbers"), ("html", "a page to look at, token by token"), ("svg", "the figure"):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to FILE")
+    args = parser.parse_args()
+    args.teacher = args.teacher or args.folder
+    if min(args.samples - 1, args.max_new_tokens, args.problems) < 1 or not 0 < args.temperature < float("inf"):
+        parser.error("--samples must be 2 or more, --max-new-tokens and --problems 1 or more, --temperature above 0")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        student, tokenizer, _ = load(args.folder)
+        teacher, other, _ = load(args.teacher) if args.teacher != args.folder else (student, tokenizer, None)
+        if tokenizer.fast.to_str() != other.fast.to_str():
+            raise UserError(f"{args.teacher}: its tokenizer.json is not that of {args.folder}")
+        problems = embedded(args.split)[:args.problems]
+        rows = analyse(student, teacher, tokenizer, problems, {quoting: SymbolicCritic(quoting) for quoting in QUOTING},
+                       args.samples, args.temperature, args.max_new_tokens, args.seed)
+        if not rows:
+            raise UserError(f"{args.folder}: no wrong rollout among {len(problems) * args.samples} of {len(problems)} "
+                            f"{args.split} problems, so there is no error to look at; try more --samples")
+        summary = summarise(rows)
+        named = {name: "the embedded solver" if folder == EMBEDDED else str(folder)
+                 for name, folder in (("folder", args.folder), ("teacher", args.teacher))}
+        facts = {name: value for name, value in vars(args).items() if name not in ("json", "html", "svg")}
+        facts |= named | {"problems": len(problems), "wrong": len(rows)}
+        print("{folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, {samples} rollouts each\n"
+              "mean A_t [95 % interval], share of tokens below -0.5".format(**facts))
+        print(table(summary))
+        if args.json:
+            write_atomic(args.json, json.dumps(facts | {"contexts": summary}, indent=1) + "\n")
+        if args.html:
+            write_atomic(args.html, page(rows, summary, facts))
+        if args.svg:
+            write_atomic(args.svg, figure(summary))
+        return 0
+    except UserError as error:
+        print(f"sd.advantage: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The paper's claims and a few questions beyond it, each over seeds: one command, one table, nothing chosen by hand.
+
+    python -m sd.experiment main --seeds 5          grpo, ref, critique
+    python -m sd.experiment alignment               ref, with references from near to far of the solver's own derivation
+    python -m sd.experiment quoting                 critiques that quote partially, fully, not at all
+    also: divergence, teacher, critic-noise, scale
+
+Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from what they do.
+A run that is finished is skipped, one that was killed goes on. Tables come from stored results alone: OUT/NAME/table.md and
+results.json are the same to the digit when made again. Checkpoints are chosen on validation problems, measured on test
+problems; intervals are bootstraps over seeds and problems together.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sd import UserError, losses, steps
+from sd import times_table as tt
+from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.conditions import completion_hidden
+from sd.config import Config
+from sd.critic import SymbolicCritic
+from sd.problems import Problem, embedded
+from sd.report import write_report
+from sd.sampling import sample, uniforms
+from sd.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCES = ("same", "worded", "half", "reordered", "decomposed")     # from the solver's own derivation outwards
+
+
+def arms(name: str, out: Path) -> dict[str, list[str]]:
+    """name of an arm -> its options of train.py."""
+    grpo, ref, critique = (["--cond", cond] for cond in ("grpo", "ref", "critique"))
+    if name == "main":
+        return {"grpo": grpo, "ref": ref, "critique": critique}
+    if name == "alignment":
+        return {f"ref {kind}": ref + write_references(kind, out / "data") for kind in REFERENCES} | {
+            "critique": critique, "grpo": grpo}
+    if name == "quoting":
+        return {f"critique {how}": critique + ["--quoting", how] for how in ("partial", "full", "omit")} | {"ref": ref}
+    if name == "divergence":
+        return {f"{c[1]} {d}": c + ["--divergence", d] for c in (ref, critique) for d in losses.DIVERGENCES}
+    if name == "teacher":
+        return {f"{c[1]} {t}": c + ["--teacher", t] for c in (ref, critique) for t in ("base", "ema", "live")}
+    if name == "critic-noise":
+        return {f"critique {noise:.0%} wrong": critique + ["--critic-noise", str(noise)]
+                for noise in (0.0, 0.1, 0.25, 0.5)} | {"ref": ref}
+    return {f"{c[1]} width {width}": c + solver_options(width, out) for width in (64, 96, 128) for c in (grpo, ref, critique)}
+
+
+def reference(problem: Problem, kind: str) -> str:
+    """A reference solution of one kind; the facts are the same, the derivation moves away from the solver's."""
+    pairs, rng = tt.read_problem(problem.problem), random.Random(f"{problem.id} {kind}")
+    if kind == "same":
+        equations = tt.derive(tt.State(list(pairs)), False, tt.SYMBOLS)
+        return steps.render(list(map(str, equations)), problem.answer)
+    if kind == "half":
+        pairs = tt.author_order(pairs, rng)
+    elif kind != "worded":
+        pairs = rng.choice([pairs[i:] + pairs[:i] for i in range(1, len(pairs))] + [pairs[::-1]])
+    if kind != "decomposed":
+        return tt.reference_text(pairs, [a * b for a, b in pairs])
+    parts = [f"{a} multiplied by {b // 2} makes {a * (b // 2)}, then {a} multiplied by {b - b // 2} makes "
+             f"{a * (b - b // 2)}, then {a * (b // 2)} plus {a * (b - b // 2)} gives {a * b}" for a, b in pairs]
+    return "first " + ", then ".join(parts) + f", so {problem.answer} is correct"
+
+
+def write_references(kind: str, folder: Path) -> list[str]:
+    files = {split: folder / f"{kind}-{split}.jsonl" for split in ("train", "val")}
+    for split, file in files.items():
+        rows = [asdict(replace(p, solution=reference(p, kind))) for p in embedded(split)]
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", str(files["train"]), "--val", str(files["val"])]
+
+
+def solver_options(width: int, out: Path) -> list[str]:
+    """A solver of another width and its own hard problems, pretrained on first use (some 10 minutes each)."""
+    if width == 128:
+        return []
+    folder = out / f"solver-{width}"
+    if not (folder / "val.jsonl").exists():
+        started([sys.executable, "-m", "sd.pretrain", "--width", str(width), "--out", str(folder)], threads=2)
+    return ["--model", str(folder), "--data", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl")]
+
+
+def started(command: list[str], threads: int) -> None:
+    """Runs one of this project's commands. Raises UserError with its own last words if it fails."""
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, text=True,
+                            capture_output=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise UserError(f"{' '.join(command[1:])}: {result.stderr.strip().splitlines()[-1:]}")
+
+
+def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
+    """Trains and measures one arm with one seed, unless that is done."""
+    python, result = sys.executable, folder / "test.json"
+    if result.exists():
+        return
+    if not (folder / "last" / "model.safetensors").exists():
+        if any(folder.glob("state-*.safetensors")):
+            started([python, "train.py", "--resume", str(folder)], threads)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)       # killed before its first evaluation
+            started([python, "train.py", *options, "--seed", str(seed), "--out", str(folder), *extra], threads)
+    model = options[options.index("--model") + 1] if "--model" in options else None
+    test = ["--test", f"{model}/test.jsonl"] if model else []
+    started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)
+    for kept in sorted(folder.glob("step-*")):
+        started([python, "eval.py", str(kept), *test, "--json", str(kept / "test.json")], threads)
+    print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % of the mean of `values` (seeds, problems), both resampled."""
+    rng, (S, P) = np.random.default_rng(0), values.shape
+    means = [values[rng.integers(0, S, S)][:, rng.integers(0, P, P)].mean() for _ in range(draws)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def summary(out: Path, names: list[str], seeds: int) -> dict:
+    """Numbers of all arms from what their runs stored."""
+    arms, per_problem = {}, {}
+    for name in names:
+        folders = [out / f"{slug(name)}-{seed}" for seed in range(seeds)]
+        tests = [json.loads((f / "test.json").read_text()) for f in folders]
+        rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+        arm = {key: [t[key]["mean"] for t in tests] for key in ("avg@12", "maj@12", "pass@12")}
+        arm["length"] = float(np.mean([t["mean_length"] for t in tests]))
+        arm["rollouts"] = max(row.get("rollouts", 0) for row in rows[0])
+        arm["seconds"] = float(np.mean([r[-1]["seconds"] for r in rows]))
+        if kept := [list(f.glob("step-*/test.json")) for f in folders if any(f.glob("step-*/test.json"))]:
+            every = [[json.loads(p.read_text()) for p in files] for files in kept]
+            arm["best checkpoint per metric"] = {key: [max(t[key]["mean"] for t in of_run) for of_run in every]
+                                                 for key in ("avg@12", "maj@12", "pass@12")}
+        arms[name] = arm
+        per_problem[name] = 100 * np.array([t["values"]["avg"] for t in tests])          # (seeds, problems)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if per_problem[a].shape == per_problem[b].shape]
+    differences = {f"{a} - {b}": [float((per_problem[a] - per_problem[b]).mean()), *interval(per_problem[a] - per_problem[b])]
+                   for a, b in pairs}
+    return {"seeds": seeds, "arms": arms, "differences in avg@12": differences}
+
+
+def table(result: dict) -> str:
+    """The summary in Markdown."""
+    spread = lambda values: f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
+    columns = ["avg@12", "maj@12", "pass@12"]
+    lines = ["| | Avg@12 | Maj@12 | Pass@12 | length | rollouts | seconds |", "|---|---|---|---|---|---|---|"]
+    for name, arm in result["arms"].items():
+        lines.append(f"| {name} | {' | '.join(spread(arm[key]) for key in columns)} | {arm['length']:.1f} | "
+                     f"{arm['rollouts']:,} | {arm['seconds']:.0f} |")
+    lines += ["", f"{result['seeds']} seeds, mean ± standard deviation; test problems, checkpoint chosen on validation.", "",
+              "| difference in Avg@12 | mean | 95 % interval |", "|---|---|---|"]
+    lines += [f"| {name} | {mean:+.1f} | {low:+.1f} to {high:+.1f} |"
+              for name, (mean, low, high) in result["differences in avg@12"].items()]
+    if any("best checkpoint per metric" in arm for arm in result["arms"].values()):
+        lines += ["", "The paper's way, the best checkpoint for each metric on the test problems themselves (optimistic):", "",
+                  "| | Avg@12 | Maj@12 | Pass@12 |", "|---|---|---|---|"]
+        lines += [f"| {name} | {' | '.join(spread(arm['best checkpoint per metric'][key]) for key in columns)} |"
+                  for name, arm in result["arms"].items() if "best checkpoint per metric" in arm]
+    if distances := result.get("distance"):
+        lines += ["", "| reference | KL(teacher, student) on correct steps, nats per token | Avg@12 |", "|---|---|---|"]
+        lines += [f"| {name} | {value:.4f} | {np.mean(result['arms'][name]['avg@12']):.1f} |"
+                  for name, value in distances.items()]
+    return "\n".join(lines) + "\n"
+
+
+def distance(name: str, problems: list[Problem], model, tokenizer: Tokenizer) -> float:
+    """How far a context is from the solver: mean KL(teacher || student) over the tokens of correct steps, at the start."""
+    critic, prompts = SymbolicCritic(), [tokenizer.student_prompt(p.problem) for p in problems]
+    out = sample(model, prompts, tokenizer.eos, Config.max_new_tokens, Config.temperature, 1,
+                 uniforms(len(problems), Config.max_new_tokens, 0, "distance"))
+    texts, total, count = list(map(tokenizer.decode, out.completions())), 0.0, 0
+    critiques = critic.batch(problems, texts, out.truncated.tolist())
+    for problem, prompt, ids, text, critique in zip(problems, prompts, out.completions(), texts, critiques):
+        right = steps.parse(text).steps[:critique.wrong]
+        if not right:
+            continue
+        _, end = steps.token_span(tokenizer.pieces(ids), 0, right[-1].end)
+        kind = "critique" if name == "critique" else "ref"
+        context = critique.text if name == "critique" else reference(problem, name.split()[1])
+        with torch.no_grad():
+            scored = [losses.log_probs(model.lm_head(completion_hidden(model, [p], [ids])[:end]), Config.temperature)
+                      for p in (prompt, tokenizer.teacher_prompt(problem.problem, kind, context))]
+        total, count = total + losses.forward_kl(*scored, None).sum().item(), count + end
+    return total / max(1, count)
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-").replace("%", "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher", "critic-noise", "scale"))
+    parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="(default: experiments)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--optimistic", action="store_true", help="also measure every checkpoint on the test problems, to "
+                        "report as the paper does")
+    args, extra = parser.parse_known_args()             # what is left goes to train.py: --steps 20, say, for a quick look
+    out = (args.out / args.name).resolve()
+    try:
+        if args.seeds < 1 or args.jobs < 1:
+            raise UserError("--seeds and --jobs must be 1 or more")
+        options = arms(args.name, out)
+        extra += ["--keep"] if args.optimistic else []
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
+                    for seed in range(args.seeds) for name, arm in options.items()]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        result = summary(out, list(options), args.seeds)
+        if args.name == "alignment":
+            model, tokenizer, _ = load(EMBEDDED)
+            result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
+                                  for name in options if name != "grpo"}
+        write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(out / "table.md", table(result))
+        write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)], out / "report.html")
+        print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
+        return 0
+    except UserError as error:
+        print(f"sd.experiment: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

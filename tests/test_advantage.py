@@ -1,0 +1,373 @@
+"""The per-token advantage: against a slow computation, on traces written by hand, and the page in a browser."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from sd import UserError, advantage
+from sd.advantage import KINDS, MASS, Row, analyse, corrected, figure, locate, look, page, ratio, summarise
+from sd.checkpoint import load
+from sd.critic import QUOTING, Critique, SymbolicCritic
+from sd.problems import Problem
+from sd.sampling import Rollouts
+from sd.steps import parse, render
+
+PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122", "first 7 multiplied by 8 makes 56, then 6 multiplied by 9 makes 54, then "
+                                                 "3 multiplied by 4 makes 12, so 122 is correct")
+WRONG = [   # steps, answer: a wrong first product, a wrong sum, a wrong answer after right steps
+    (["7*8=54", "6*9=54", "3*4=12", "54+54=108", "108+12=120"], "120"),
+    (["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 112", "3 times 4 is 12", "112 plus 12 gives 124"], "124"),
+    (["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"], "126"),
+]
+CRITICS = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
+EVIL = "<script>alert(1)</script></style>\u2028<!-- & "
+FACTS = {"folder": "solver", "teacher": "solver", "split": "val", "problems": 1, "samples": 8, "temperature": 1.1, "seed": 0,
+         "wrong": 3}
+
+
+@pytest.fixture(scope="module")
+def solver():
+    return load()
+
+
+def tokens_of(tokenizer, steps, answer):
+    return tokenizer.encode(render(steps, answer)) + [tokenizer.fast.token_to_id("<eos>")]
+
+
+@pytest.fixture(scope="module")
+def rows(solver):
+    model, tokenizer, _ = solver
+    ids = [tokens_of(tokenizer, *trace) for trace in WRONG]
+    return look(model, model, tokenizer, [PROBLEM] * 3, ids, [False] * 3, [-0.4, 0.0, -1.0], CRITICS, 1.1)
+
+
+def row(problem="p", kinds="bbueaa", grpo=-0.5, end=5, **advantages):
+    """A row with a token per letter (before, up to, error, after) and the given A_t."""
+    logp = {"student": np.full(len(kinds), -1.0)} | {c: np.array(a) - 1.0 for c, a in advantages.items()}
+    return Row(Problem(problem, "x", "1", "s"), list(range(len(kinds))), list(kinds), kinds.index("u"), kinds.index("e"), end,
+               grpo, {c: "context" for c in advantages}, {}, logp)
+
+
+def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows):
+    model, tokenizer, _ = solver
+
+    def slow(prompt, ids):
+        out = []
+        for t, token in enumerate(ids):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids[:t]]))[0, -1]
+            p = torch.softmax(logits.double() / 1.1, -1)
+            out.append(p[token].log().item())
+        return np.array(out)
+
+    assert len(rows) == 3
+    for r, (steps, answer) in zip(rows, WRONG):
+        student = slow(tokenizer.student_prompt(PROBLEM.problem), r.ids)
+        told = r.advantages()
+        assert list(told) == ["partial", "full", "omit", "ref", "grpo"]
+        for name in QUOTING:
+            critique = CRITICS[name](PROBLEM, render(steps, answer)).text
+            teacher = slow(tokenizer.teacher_prompt(PROBLEM.problem, "critique", critique), r.ids)
+            assert r.contexts[name] == critique
+            np.testing.assert_allclose(told[name], teacher - student, atol=2e-4)
+        teacher = slow(tokenizer.teacher_prompt(PROBLEM.problem, "ref", PROBLEM.solution), r.ids)
+        np.testing.assert_allclose(told["ref"], teacher - student, atol=2e-4)
+        assert told["grpo"].tolist() == [r.grpo] * len(r.ids)
+    assert rows[0].advantages()["partial"][rows[0].first] < -1      # the teacher does see the error
+
+
+def test_kinds_of_tokens_of_traces_written_by_hand(rows):
+    of = [["".join(p for p, k in zip(r.pieces, r.kinds()) if k == kind) for kind in range(4)] for r in rows]
+    assert of[0][:3] == ["", "<step_1> 7*8=5", "4"]                 # 54 for 56: the 5 is right
+    assert of[0][3].startswith(" </step_1>\n<step_2> 6*9=54")
+    assert of[1][:3] == ["<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n<step_3> ",
+                         "56 plus 54 gives 11", "2"]                # the tags between two steps are the first one's
+    assert of[2][0].endswith("110+12=122 </step_5>\n<answer> ") and of[2][1:] == ["12", "6", " </answer>"]     # and <eos>
+    assert [("".join(r.pieces[r.start:r.end])) for r in rows] == [
+        "<step_1> 7*8=54 </step_1>\n<step_2> ", "56 plus 54 gives 112 </step_3>\n<step_4> ", "126 </answer>"]
+    assert all((r.kinds() == 2).sum() == 1 for r in rows)
+
+
+@pytest.mark.parametrize("pieces, right, number, expected", [
+    (["<step_1> ", "3", "=", "9", " </step_1>\n<step_2> ", "4", "=", "2", "9", " </step_2>"], "4=28", 1, (5, 8, 10)),
+    (["<step_1> ", "12", "=", "3", " </step_1>"], "12=36", 0, (0, 4, 5)),       # stops too early: where it should go on
+    (["<step_1> ", "12", "=", "36", "4", " </step_1>"], "12=36", 0, (0, 4, 6)),     # says too much
+    (["<step_1> ", "12", "=", "3"], "12=36", 0, (0, 3, 4)),                     # neither closed nor continued
+    (["<step_1> ", "12", "=", "3", ""], "12=36", 0, (0, 4, 5)),                 # ended: <eos> is the error
+    (["<step_1>", "  12=34 ", "</step_1>"], "12=36", 0, (0, 1, 3)),             # spaces are not the step's text
+    (["<step_1> 3 </step", "_1><step_2> 4", " </step_2>"], "5", 1, (1, 1, 3)),  # a token across the border
+    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], None, 1, (3, 3, 6)),       # no counterpart
+    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], "b", 1, (3, 3, 6)),        # the critic repeats it
+])
+def test_the_place_of_the_error(pieces, right, number, expected):
+    assert locate(pieces, parse("".join(pieces)).steps[number], right) == expected
+
+
+def test_the_corrected_step_follows_the_copy_even_with_steps_inserted():
+    trace = parse(render(["7*8=56", "56+54=110", "3*4=13", "110+13=123"], "123"))
+    critique = parse(render(["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"], "122"))
+    assert corrected(trace, 2, critique) == "3*4=12"
+    assert corrected(trace, 0, critique) == "7*8=56"
+    assert corrected(trace, 4, critique) == "122"                                   # the answer
+    assert corrected(trace, 3, parse(render(["7*8=56", "56+54=110", "3*4=13"], "122"))) is None
+    assert corrected(parse(render(list("abax"), "1")), 3, parse(render(list("abay"), "2"))) == "y"      # a step said twice
+    assert corrected(parse(render(["a", "b"], "1")), 1, parse(render(["c"], "2"))) is None      # the copy is not verbatim
+    assert corrected(trace, 4, parse("nothing")) is None
+
+
+def test_means_medians_shares_and_tokens_by_hand():
+    summary = summarise([row(kinds="bbueaa", partial=[0.1, 0.7, 0, -4, -1, 1]),
+                         row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, 0, -0.6])])
+    first, after = summary["partial"]["first wrong token"], summary["partial"]["after it"]
+    assert (first["mean"], first["median"], first["below"], first["above"], first["tokens"]) == (-5, -5, 1, 0, 2)
+    assert (first["low"], first["high"]) == (-6, -4)
+    assert after["mean"] == pytest.approx(-0.6 / 5) and after["median"] == 0 and after["tokens"] == 5
+    assert (after["below"], after["above"]) == (0.4, 0.2)
+    before = summary["partial"]["correct steps before"]
+    assert before["mean"] == pytest.approx(0.4) and before["above"] == 0.5 and before["low"] == before["high"]
+    assert all(summary["grpo"][kind]["mean"] == -0.5 for kind in KINDS)
+
+
+def test_concentration_by_hand():
+    """Tokens 2-4 are the wrong step: 4 + 1 of 6.5 and, in the other problem, 6 of 6.6; grpo's is the share of tokens."""
+    rows = [row(kinds="bbueaa", partial=[-0.5, 2, 0.3, -4, -1, -1]),
+            row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, 0, -0.6])]
+    share = summarise(rows)["partial"][MASS]
+    assert share["mean"] == pytest.approx(11 / 13.1)
+    assert (share["low"], share["high"]) == (pytest.approx(5 / 6.5), pytest.approx(6 / 6.6))
+    assert summarise(rows)["grpo"][MASS]["mean"] == pytest.approx(5 / 11)
+    assert summarise([row(grpo=0.0, partial=[1.0] * 6)])["partial"][MASS] is None       # no negative mass
+
+
+def test_intervals_are_those_of_a_known_distribution():
+    """400 problems of 5 tokens with one value each, normal: half-width 1.96 / sqrt(400), not 1.96 / sqrt(2000)."""
+    values = np.random.default_rng(5).normal(2, 1, 400)
+    found = ratio(5 * values, np.full(400, 5))
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+    assert ratio(np.zeros(3), np.zeros(3)) is None
+    sparse = ratio(np.array([3.0, 0, 0]), np.array([1, 0, 0]))              # most draws have no such token
+    assert (sparse["low"], sparse["high"]) == (3, 3)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        n = rng.integers(1, 9, 60)                                          # tokens per problem
+        found = ratio(n * rng.normal(1, 1, 60), n, draws=400)
+        hits += found["low"] <= 1 <= found["high"]
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver):
+    model, tokenizer, _ = solver
+    right, wrong = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
+
+    class Unsure(SymbolicCritic):
+        def batch(self, problems, texts, truncated):
+            return [Critique("", "", malformed="no tags") if "54+54" in t else c
+                    for t, c in zip(texts, super().batch(problems, texts, truncated))]
+
+    def found(critics, *ids):
+        n = len(ids)
+        return look(model, model, tokenizer, [PROBLEM] * n, list(ids), [False] * n, [0.0] * n, critics, 1.1)
+
+    assert [r.ids for r in found(CRITICS, right, wrong)] == [wrong]
+    assert found({"partial": Unsure()}, right, wrong) == [] and found(CRITICS) == []
+    other = tokens_of(tokenizer, *WRONG[1])
+    assert [r.ids for r in found({"any": Unsure()}, wrong, other)] == [other]
+
+
+def test_without_reference_solutions_there_is_no_ref(solver):
+    model, tokenizer, _ = solver
+    bare = Problem("p", PROBLEM.problem, PROBLEM.answer)
+    rows = look(model, model, tokenizer, [bare], [tokens_of(tokenizer, *WRONG[0])], [False], [0.0], CRITICS, 1.1)
+    assert list(rows[0].advantages()) == ["partial", "full", "omit", "grpo"]
+
+
+def test_another_teacher_reads_and_the_student_stays(solver, rows):
+    model, tokenizer, _ = solver
+    other, _, _ = load()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0)
+    r, = look(model, other, tokenizer, [PROBLEM], [rows[0].ids], [False], [0.0], CRITICS, 1.1)
+    np.testing.assert_allclose(r.logp["student"], rows[0].logp["student"], atol=1e-5)
+    np.testing.assert_allclose(r.logp["partial"], -np.log(tokenizer.vocab_size), atol=1e-5)
+
+
+def test_grpo_compares_a_rollout_with_its_group(solver, monkeypatch):
+    model, tokenizer, _ = solver
+    good, bad = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
+    group = [good, bad, bad, bad] + [bad] * 4
+    ids = torch.tensor([y + [0] * (max(map(len, group)) - len(y)) for y in group])
+    rollouts = Rollouts(ids, torch.tensor([len(y) for y in group]), torch.zeros_like(ids, dtype=torch.float),
+                        torch.zeros(8, dtype=torch.bool))
+    monkeypatch.setattr(advantage, "sample_in_parts", lambda *args: rollouts)
+    found = analyse(model, model, tokenizer, [PROBLEM, PROBLEM], CRITICS, samples=4)
+    np.testing.assert_allclose([r.grpo for r in found], [-1 / 3 ** 0.5] * 3 + [0] * 4, rtol=1e-5)
+    rollouts.logprobs[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        analyse(model, model, tokenizer, [PROBLEM, PROBLEM], CRITICS, samples=4)
+
+
+def data_of(html):
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def evil(rows):
+    """The page of rows one of which has markup in a token, in a context, in its problem and in a context's name."""
+    bad = row(kinds="bueaa", partial=[0.1, 0.2, -4, 0, 0], **{"<b>&": [0.0] * 5})
+    bad.pieces[2] = bad.contexts["partial"] = EVIL
+    bad.problem = Problem("evil", EVIL, EVIL)
+    return page([bad], summarise([bad]), FACTS | {"folder": EVIL})
+
+
+def test_markup_in_a_rollout_stays_text(evil):
+    data = json.loads(data_of(evil))
+    shown = data["rollouts"][0]
+    assert shown["tokens"][2] == shown["contexts"]["partial"] == shown["problem"] == data["facts"]["folder"] == EVIL
+    assert "alert(1)</" not in evil and "<script>alert" not in evil and "\u2028" not in evil and "<b>" not in evil
+    assert not set("<>&") & set(data_of(evil))
+    template = advantage.TEMPLATE.read_text()
+    assert [evil.count(tag) for tag in ("<script", "</script", "</style", "<!--")] == [2, 2, 2, 0]
+    assert "innerHTML" not in template and "eval(" not in template and "http" not in re.sub(
+        r"http-equiv|http://www.w3.org/2000/svg", "", template)
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in template
+
+
+def test_the_page_shows_a_rollout_of_twelve_problems_at_most():
+    many = [row(str(i // 2), grpo=-float(i == 30), partial=[0, 0, 0, -1, 0, i]) for i in range(60)]
+    shown = json.loads(data_of(page(many, summarise(many), FACTS)))["rollouts"]
+    assert len(shown) == 12 and shown[0]["grpo"] == -1 and all(r["grpo"] == 0 for r in shown[1:])
+    few = json.loads(data_of(page(many[:3], summarise(many[:3]), FACTS)))["rollouts"]
+    assert len(few) == 2
+
+
+def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
+    summary = summarise(rows)
+    svg = ElementTree.fromstring(figure(summary))
+    space = {"s": "http://www.w3.org/2000/svg"}
+    labels = ["".join(t.itertext()) for t in svg.findall("s:text", space)]
+    for name, of in summary.items():
+        for kind in KINDS:
+            assert kind in labels and name in labels
+            assert "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**of[kind]).replace("-", "\u2212") in labels
+    bars = [r for r in svg.findall("s:rect", space) if r.get("class") != "card"]
+    assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"above", "below"}
+    widths = {kind: float(bars[5 * i].get("width")) for i, kind in enumerate(KINDS)}        # partial
+    assert widths["first wrong token"] == max(widths.values()) and any("logarithmic" in label for label in labels)
+    zero, = [p for p in svg.findall("s:path", space) if p.get("class") == "zero"]
+    at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
+    for r in bars:
+        left, right = float(r.get("x")), float(r.get("x")) + float(r.get("width"))
+        assert (left if r.get("class") == "above" else right) == pytest.approx(at, abs=1.1)
+        assert 84 <= left and right <= 308
+
+
+def browse(html, tmp_path, script=""):
+    """The page's DOM after its scripts ran; `script` is a visitor."""
+    file = tmp_path / "page.html"
+    file.write_text(html + (f"<script>{script}</script>" if script else ""), encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+
+
+@needs_chromium
+def test_a_browser_renders_every_token_in_every_context(rows, tmp_path):
+    dom = browse(page(rows[1:2], summarise(rows), FACTS), tmp_path)
+    assert "data-error" not in dom and "first wrong token" in dom
+    cells = re.findall(r'<td class="([^"]*)" role="gridcell" tabindex="(-?\d)" aria-label="([^"]*)"', dom)
+    assert len(cells) == 5 * len(rows[1].ids) and [c[1] for c in cells].count("0") == 1
+    chosen, = [label for _, tabindex, label in cells if tabindex == "0"]
+    assert chosen.startswith(f"partial, token {rows[1].first + 1} “2” (first wrong token): A = −")
+    assert f">{unescape(chosen)}</p>" in unescape(dom)              # the line below says what the cell is
+    assert dom.count("<details>") == 4 and PROBLEM.solution in dom
+    heads = re.findall(r'<th class="token[^"]*" scope="col">([^<]*)</th>', dom)
+    assert [unescape(h) for h in heads] == rows[1].pieces[:-1] + ["⟨end⟩"]
+
+
+@needs_chromium
+def test_a_browser_shows_markup_as_text(evil, tmp_path):
+    dom = browse(evil, tmp_path)
+    assert "data-error" not in dom and len(re.findall('role="gridcell"', dom)) == 3 * 5
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&lt;/style&gt;" in dom and "<script>alert" not in dom
+    assert dom.count("<script") == 2 and "<b>&amp;</b>" not in dom
+
+
+@needs_chromium
+def test_arrow_keys_move_between_tokens_and_buttons_between_rollouts(tmp_path):
+    many = [row(str(i), grpo=-float(i), partial=[0, 0, 0, -1 - i, 0, 2], ref=[0, 0.5, 0, -2, 0, 0]) for i in range(3)]
+    visitor = """
+      const seen = [], note = () => seen.push(document.activeElement.getAttribute("aria-label") ===
+        document.getElementById("readout").textContent ? document.getElementById("readout").textContent : "differs");
+      document.querySelector('[tabindex="0"]').focus(); note();
+      for (const key of ["ArrowRight", "ArrowDown", "Home", "ArrowLeft", "End", "ArrowDown", "ArrowDown", "ArrowUp"]) {
+        document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true })); note();
+      }
+      document.getElementById("before").click();
+      seen.push(document.getElementById("choose").value);
+      document.documentElement.dataset.seen = JSON.stringify(seen);"""
+    dom = browse(page(many, summarise(many), FACTS), tmp_path, visitor)
+    assert "data-error" not in dom
+    seen = json.loads(unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    assert [re.match(r"(\w+), token (\d)", s).groups() for s in seen[:-1]] == [
+        ("partial", "4"), ("partial", "5"), ("ref", "5"), ("ref", "1"), ("ref", "1"), ("ref", "6"), ("grpo", "6"),
+        ("grpo", "6"), ("ref", "6")]
+    assert "A = −3.000; teacher 0.0183, student 0.368" in seen[0] and seen[-1] == "2"      # from the first to the last
+
+
+@needs_chromium
+def test_a_failing_script_leaves_a_mark(evil, tmp_path):
+    """Otherwise the absence of the mark in the tests above would say nothing."""
+    assert "data-error" in browse(evil.replace('"rollouts": [', '"rollouts": {"0": [', 1), tmp_path)
+
+
+def run(capsys, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sd.advantage", *map(str, args)])
+    try:
+        status = advantage.main()
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tmp_path):
+    files = [tmp_path / f"a.{name}" for name in ("json", "html", "svg")]
+    options = ["--problems", 6, "--samples", 4, "--seed", 3]
+    status, out, err = run(capsys, monkeypatch, *options, *[x for f in files for x in (f"--{f.suffix[1:]}", f)])
+    assert status == 0 and err == ""
+    numbers = json.loads(files[0].read_text())
+    assert (numbers["problems"], numbers["samples"], numbers["split"], numbers["seed"]) == (6, 4, "val", 3)
+    assert list(numbers["contexts"]) == ["partial", "full", "omit", "ref", "grpo"]
+    partial = numbers["contexts"]["partial"]
+    assert partial["first wrong token"]["mean"] < -2 and partial["first wrong token"]["tokens"] == numbers["wrong"]
+    for name, of in numbers["contexts"].items():
+        line, = [line for line in out.splitlines() if line.startswith(name + " ")]
+        assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
+    assert json.loads(data_of(files[1].read_text()))["summary"] == numbers["contexts"]
+    assert figure(numbers["contexts"]) == files[2].read_text()
+    assert run(capsys, monkeypatch, *options)[1] == out             # the seed determines it
+
+
+@pytest.mark.parametrize("args, fact", [
+    (["nowhere"], "nowhere"), (["--teacher", "nowhere"], "nowhere"), (["--samples", "1"], "--samples"),
+    (["--temperature", "0"], "--temperature"), (["--problems", "0"], "--problems"), (["--split", "all"], "--split"),
+    (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
+])
+def test_what_cannot_be_done_is_said_in_a_sentence(args, fact, capsys, monkeypatch):
+    status, out, err = run(capsys, monkeypatch, *args)
+    assert status == 2 and out == "" and fact in err.strip().split("\n")[-1] and "Traceback" not in err
+    assert err.count("\n") == 1 or err.startswith("usage:")

@@ -1,0 +1,113 @@
+"""The experiments' own parts: references that move away from the solver, intervals, tables from stored results."""
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sd import experiment
+from sd.experiment import REFERENCES, arms, interval, reference, run, summary, table
+from sd.problems import embedded
+from sd.steps import parse
+
+PROBLEMS = embedded("val")
+
+
+def facts(text):
+    """(left, sign, right, value) of every equation in words or symbols."""
+    found = re.findall(r"(\d+)(\*|\+| multiplied by | plus )(\d+)(?:=| makes | gives )(\d+)", text)
+    return [(int(a), "*" if sign in ("*", " multiplied by ") else "+", int(b), int(v)) for a, sign, b, v in found]
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_every_reference_is_true_and_says_the_answer(kind):
+    for p in PROBLEMS:
+        text = reference(p, kind)
+        assert facts(text) and all(v == (a * b if sign == "*" else a + b) for a, sign, b, v in facts(text))
+        assert p.answer == (parse(text).answer.text if kind == "same" else re.search(r"so (\d+) is correct$", text)[1])
+
+
+def test_references_move_away_from_the_solver_in_order_wording_and_decomposition():
+    own = {p.id: [(a, b) for a, b in re.findall(r"(\d+)\*(\d+)", p.problem)] for p in PROBLEMS}
+    order = {kind: [[(str(a), str(b)) for a, sign, b, _ in facts(reference(p, kind)) if sign == "*"] == own[p.id]
+                    for p in PROBLEMS] for kind in REFERENCES}
+    assert all(order["same"]) and all(order["worded"]) and not any(order["reordered"]) and not any(order["decomposed"])
+    assert 0.4 < np.mean(order["half"]) < 0.8           # its own order half of the time, else random of six
+    assert all("=" in reference(p, "same") and "=" not in reference(p, "worded") for p in PROBLEMS)
+    assert all(len(facts(reference(p, "decomposed"))) == 9 for p in PROBLEMS)
+
+
+def test_the_interval_is_the_textbooks_for_one_seed_and_wider_when_seeds_differ():
+    values = np.random.default_rng(1).normal(50, 10, (1, 400))
+    low, high = interval(values)
+    assert (low, high) == pytest.approx((values.mean() - 0.98, values.mean() + 0.98), abs=0.2)      # 1.96 * 10 / sqrt(400)
+    low, high = interval(np.concatenate([values - 20, values, values + 20]))
+    assert high - low > 20
+
+
+def stored(folder, avg, rollouts):
+    folder.mkdir(parents=True)
+    means = {f"{name}@12": {"mean": 100 * np.mean(avg)} for name in ("avg", "maj", "pass")}
+    (folder / "test.json").write_text(json.dumps(means | {"mean_length": 48.0, "values": {"avg": avg}}))
+    rows = [{"step": 1, "rollouts": rollouts, "seconds": 1.0}, {"step": 1, "val_avg@4": 1.0, "seconds": 3.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.25)):
+        stored(tmp_path / f"ref-{seed}", [0.25 + shift, 0.5], 32)
+        stored(tmp_path / f"critique-{seed}", [0.5 + shift, 0.75], 32)
+    result = summary(tmp_path, ["ref", "critique"], 2)
+    assert table(result) == table(json.loads(json.dumps(result))) == table(summary(tmp_path, ["ref", "critique"], 2))
+    # by hand: ref 37.5 and 50, critique 62.5 and 75; sample standard deviation 12.5 / sqrt(2)
+    assert "| ref | 43.8 ± 8.8 |" in table(result) and "| critique | 68.8 ± 8.8 |" in table(result)
+    assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in table(result)
+
+
+def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp_path, monkeypatch):
+    commands = []
+
+    def started(command, threads):
+        commands.append(command[1:])
+        if command[1] == "eval.py":
+            folder.mkdir(exist_ok=True)
+            (folder / "test.json").write_text(json.dumps({"avg@12": {"mean": 1.0}}))
+    monkeypatch.setattr(experiment, "started", started)
+    for name, files in (("new", []), ("killed early", ["config.json"]), ("killed", ["config.json", "state-3.safetensors"])):
+        folder = tmp_path / name
+        for file in files:
+            folder.mkdir(exist_ok=True)
+            (folder / file).write_text("")
+        run(folder, ["--cond", "ref"], 7, 1, ["--steps", "2"])
+        first, second = commands[-2:]
+        assert second[:2] == ["eval.py", str(folder / "best")]
+        fresh = ["train.py", "--cond", "ref", "--seed", "7", "--out", str(folder), "--steps", "2"]
+        assert first == (["train.py", "--resume", str(folder)] if name == "killed" else fresh)
+        count = len(commands)
+        run(folder, ["--cond", "ref"], 7, 1, [])
+        assert len(commands) == count
+
+
+def test_every_experiment_has_options_that_train_py_takes(tmp_path, monkeypatch):
+    from sd.config import parse_config
+    monkeypatch.setattr(experiment, "solver_options", lambda width, out: [])
+    for name in ("main", "alignment", "quoting", "divergence", "teacher", "critic-noise", "scale"):
+        options = arms(name, tmp_path)
+        assert len(options) >= 3
+        for arm in options.values():
+            parse_config("", arm)
+
+
+def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
+    from sd.critic import SymbolicCritic
+    wrong = total = 0
+    for p in PROBLEMS:
+        (a, b), (c, d), (e, f) = [tuple(map(int, t.split("*"))) for t in p.problem.split(" + ")]
+        text = f"<step_1> {a}*{b}={a * b + 3} </step_1>"
+        exact, noisy = SymbolicCritic()(p, text), SymbolicCritic(noise=0.3)(p, text)
+        assert exact.wrong == noisy.wrong == 0
+        first, *_ = facts(noisy.text)
+        wrong, total = wrong + (first[3] != a * b), total + 1
+        assert parse(noisy.text).answer.text == str(first[3] + c * d + e * f)       # the error is carried to the end
+        assert parse(exact.text).answer.text == p.answer
+    assert wrong / total == pytest.approx(0.3, abs=0.15)

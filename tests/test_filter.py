@@ -1,0 +1,54 @@
+"""`python -m sd.problems filter`: counts of right rollouts, what is kept, and going on after a stop."""
+import json
+import sys
+
+import pytest
+
+from sd import filter
+from sd.checkpoint import EMBEDDED, load
+from sd.critic import SymbolicCritic
+from sd.problems import embedded, read_problems
+from sd.sampling import sample, uniforms
+
+OPTIONS = ["--samples", "4", "--max-correct", "0", "--max-new-tokens", "80", "--sample-batch", "8"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    def run(*args, problems=12):
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) + "\n"
+                                for p in embedded("val")[:problems]))
+        monkeypatch.setattr(sys, "argv", ["problems", "filter", "--data", str(data), "--out", str(tmp_path / "hard.jsonl"),
+                                          *OPTIONS, *args])
+        return filter.main(), *capsys.readouterr()
+    return run
+
+
+def test_it_keeps_what_is_rarely_solved_and_counts_like_the_exact_critic(run, tmp_path):
+    status, shown, _ = run()
+    assert status == 0 and "12 of 12" in shown and " s left" in shown
+    model, tokenizer, _ = load(EMBEDDED)
+    kept, critic = {p.id for p in read_problems(tmp_path / "hard.jsonl")}, SymbolicCritic()
+    for p in embedded("val")[:12]:
+        out = sample(model, [tokenizer.student_prompt(p.problem)], tokenizer.eos, 80, 1.1, 4, uniforms(4, 80, 0, "filter", p.id))
+        right = sum(critic(p, tokenizer.decode(c)).case in "AB" for c in out.completions())     # one at a time, by arithmetic
+        assert (p.id in kept) == (right == 0)
+    assert 0 < len(kept) < 12       # the test's own premise
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path):
+    run()
+    whole, counts = (tmp_path / "hard.jsonl").read_bytes(), tmp_path / "hard.jsonl.counts.jsonl"
+    lines = counts.read_text().split("\n")
+    counts.write_text("\n".join(lines[:6]) + "\n" + lines[6][:9])       # killed in the middle of a line
+    (tmp_path / "hard.jsonl").unlink()
+    status, shown, _ = run()
+    assert status == 0 and (tmp_path / "hard.jsonl").read_bytes() == whole
+    assert shown.startswith("7 of 12") and counts.read_text().split("\n") == lines
+
+
+def test_counts_of_another_setting_are_not_mixed_in(run, tmp_path):
+    run(problems=2)
+    status, _, errors = run("--seed", "1", problems=2)
+    assert status == 2 and "seed" in errors and errors.count("\n") == 1
