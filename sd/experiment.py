@@ -115,9 +115,9 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
             started([python, "train.py", *options, "--seed", str(seed), "--out", str(folder), *extra], threads)
     model = options[options.index("--model") + 1] if "--model" in options else None
     test = ["--test", f"{model}/test.jsonl"] if model else []
-    started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)
-    for kept in sorted(folder.glob("step-*")):
-        started([python, "eval.py", str(kept), *test, "--json", str(kept / "test.json")], threads)
+    if kept := sorted(folder.glob("step-*")):
+        started([python, "eval.py", *map(str, kept), *test, "--json", str(folder / "kept.json")], threads)
+    started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)      # last: then it is done
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
 
 
@@ -139,8 +139,8 @@ def summary(out: Path, names: list[str], seeds: int) -> dict:
         arm["length"] = float(np.mean([t["mean_length"] for t in tests]))
         arm["rollouts"] = max(row.get("rollouts", 0) for row in rows[0])
         arm["seconds"] = float(np.mean([r[-1]["seconds"] for r in rows]))
-        if kept := [list(f.glob("step-*/test.json")) for f in folders if any(f.glob("step-*/test.json"))]:
-            every = [[json.loads(p.read_text()) for p in files] for files in kept]
+        if all((f / "kept.json").exists() for f in folders):
+            every = [json.loads((f / "kept.json").read_text()) for f in folders]
             arm["best checkpoint per metric"] = {key: [max(t[key]["mean"] for t in of_run) for of_run in every]
                                                  for key in ("avg@12", "maj@12", "pass@12")}
         arms[name] = arm
