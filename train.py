@@ -148,8 +148,16 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
 
 
 def main() -> int:
-    run, ranks, status, message = None, None, 0, ""
     signals = Signals()
+    try:
+        return guarded(signals)
+    finally:
+        signals.restore()
+
+
+def guarded(signals: Signals) -> int:
+    """Trains; whatever ends that, keeps what there is and tells the user in one sentence. Returns the exit status."""
+    run, ranks, status, message = None, None, 0, ""
     try:
         config, args = parse_config(__doc__.split("\n")[0])
         if args.plan is not None:
@@ -178,7 +186,6 @@ def main() -> int:
         if isinstance(error, UserError) and status != 2:            # else the first failed write has been told
             message += f"\ntrain.py: {error}"
         status = status or (2 if isinstance(error, UserError) else 128 + error.number)
-    signals.restore()
     if ranks is not None and status == 0:
         ranks.close()
     first = os.environ.get("RANK", "0") == "0"

@@ -1,30 +1,294 @@
-"""Final answers: take one out of a trace, decide whether two are equal. Nothing is ever evaluated."""
+r"""Final answers: take one out of a trace, decide whether two are equal. Nothing that a model wrote is ever run.
+
+A small reader for the LaTeX of short answers gives each a canonical string. A formula becomes its value modulo a prime,
+with a fixed random number for each letter: two formulas that are equal everywhere are equal there, two others almost
+never are (1e-60). So the comparison is exact, and 9^{999} costs no more than 9. Lists, intervals, matrices, equations
+and words are strings built around such values. What cannot be read is compared as text.
+
+Conventions, after the answers of the MATH and GSM8K data: percent signs, currencies, degrees and units are dropped;
+lists and sets have no order, tuples have one; `5` is as good as `x = 5`, and `52` as `52_8`, but `y = 5` is another
+answer than `x = 5`; a rounded number is another number. Values count, not forms: `(x+1)^2` is `x^2+2x+1`. But unlike in
+a computer algebra system, a sum or product of plain numbers is unfinished and equals no number: else `7*8 + 6*9` would
+be the answer to itself.
+
+Simplified: letters under a root count as positive; i is a letter; even roots of negative numbers, and of some multiples
+of primes above 170, equal only the same root; sin and log are not evaluated; equations are not rearranged.
+"""
 import re
 from fractions import Fraction
+from hashlib import sha256
+from math import prod
 
 from sd.steps import parse
 
-NUMBER = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?|[-+]?\d+(\.\d+)?(/\d+)?")
+# It is -1 modulo 8 and modulo each odd prime q < 170. Hence 2 and these q are squares, -1 is not, and roots of squares
+# are unique among the squares: what one expects of positive numbers.
+PRIME = 12 * prod(q for q in range(2, 170) if all(q % d for d in range(2, q))) - 1
+LENGTH, DEPTH = 400, 25             # longer or deeper answers are compared as text
+BINDING = {r"\cup": 1, "+": 2, "-": 2, r"\pm": 2, "*": 3, "/": 3, "^": 4}
+RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", ":"}
+FUNCTIONS = {"\\" + name for name in "sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()}
+NAMES = {"\\" + name for name in "alpha beta gamma delta theta lambda mu phi pi psi rho sigma omega infty".split()}
+SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne", r"\cdot": "*",
+             r"\times": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac", ";": ",", "and": ",", "or": ",",
+             "sqrt": r"\sqrt", "inf": r"\infty", **{name[1:]: name for name in FUNCTIONS | NAMES}}
+CHARACTERS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "²": "^2", "³": "^3", "π": r"\pi ", "θ": r"\theta ",
+                            "√": r"\sqrt ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge "})
+TEXT = r"\\(?:text[a-z]*|mbox|mathrm)\s*\{"
+NO_UNIT = r"(?!\s*(?:[ap]\.?\s*m\b|(?:" + "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))"
+UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
+# What makes no difference goes first, by regular expressions: thousands' separators as in 1{,}000 and 1,\!000, sizes of
+# brackets, units (in \text, then plain), \text itself, matrices (as [[1, 2], [3, 4]]), degrees, spacing, currencies.
+CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|math(?:bf|it)|displaystyle|phantom)(?![A-Za-z])", ""),
+    (r"(?<=[\w)\]}])\s*" + TEXT + NO_UNIT + r"[^{}()\d,;]*\}" + UNIT_END, ""),
+    (r"(?<=\d)\s+" + NO_UNIT + r"(?:[A-Za-z]{3,}|[ckm]?m|ft|in|k?g|lb|hr)(?:[ /]+[A-Za-z]+)*" + UNIT_END, ""),
+    (TEXT + r"([^{}]*)\}", r" \1 "),
+    (r"\\begin\{\w+\}(?:\{\w*\})?", "[["), (r"(?:\\\\\s*)?\\end\{\w+\}", "]]"), (r"\\\\", "],["), ("&", ","),
+    (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\q?quad(?![A-Za-z])|\\[,;:!>()\[\] ]|~|\\?[$%]|[°€£]", " "),
+    (r"^\s*\\approx|(?<![.,;:\s])\s*[.,;:]\s*$", ""),
+]]
+TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}]|[A-Za-z]+|\*\*|[<>]=|\S)", re.ASCII)
+THOUSANDS = re.compile(r"\s*([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?)(?!,?\d)", re.ASCII)
+SYMBOL = re.compile(r"[A-Za-z]{1,2}(_\w)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+")
+BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)(?P<end>[$\n]?)|\\[{}\\]|[{}]")
+HASHES = re.compile(r"^[ \t]*####(.*)(\n?)", re.MULTILINE)
+WRAPPED = re.compile(r"\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+# The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4); an int
+# modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
+Value = Fraction | int | list | str
+
+
+class Unreadable(Exception):
+    """Not in the subset, or too deep: compare as text."""
 
 
 def final_answer(trace: str, truncated: bool) -> str | None:
-    """The last `<answer>` of a trace; None if there is none, or if the tokens ran out before it was closed."""
+    r"""The last `<answer>` of a trace; without one the last `\boxed{…}`, or else the last line `#### …`.
+
+    None if there is none, or if the tokens ran out before it was closed.
+    """
     answer = parse(trace).answer
-    if answer is None or not answer.text or (truncated and not answer.closed):
-        return None
-    return canonical(answer.text)
+    if answer is not None:
+        found = "" if truncated and not answer.closed else boxed(answer.text, False) or answer.text
+    else:
+        lines = [line for line, newline in HASHES.findall(trace) if newline or not truncated]
+        found = boxed(trace, truncated) or (lines[-1] if lines else "")
+    wrapped = WRAPPED.fullmatch(found.strip())
+    return (wrapped[wrapped.lastindex] if wrapped else found).strip() or None
 
 
-def canonical(answer: str) -> str:
-    """One spelling for equal answers: `1,224.0` and `1224` are the same string. Other text is compared as it stands."""
-    text = " ".join(answer.split())
-    if len(text) <= 40 and NUMBER.fullmatch(text):
-        try:
-            return str(Fraction(text.replace(",", "")))
-        except ZeroDivisionError:
-            return text
-    return text
+def boxed(text: str, truncated: bool) -> str:
+    r"""What the last `\boxed{…}` (or `\boxed 3`) holds; "" if there is none. Braces are matched, in one pass."""
+    found, starts = "", []
+    for match in BOXES.finditer(text if "box" in text else ""):
+        if match["bare"]:
+            found = match["bare"] if match["end"] or not truncated else found
+        elif match["box"] or match[0] == "{":
+            starts.append(match.end() if match["box"] else None)
+        elif match[0] == "}" and starts and (start := starts.pop()) is not None:
+            found = text[start:match.start()]
+    return found
 
 
 def equal(answer: str | None, truth: str) -> bool:
-    return answer is not None and canonical(answer) == canonical(truth)
+    """Whether two answers are the same one, where `5` may stand for `x = 5` and `52` for `52_8`."""
+    if answer is None:
+        return False
+    left, right = canonical(answer), canonical(truth)
+    return left == right or any(canonical(answer, bare) == canonical(truth, bare) in (left, right) for bare in (1, 2))
+
+
+def canonical(answer: str, bare: int = 0) -> str:
+    """The same string for equal answers. `x =` is left out if `bare` is 1 or 2, the base of a number if it is 2."""
+    text = (boxed(answer, False) or answer).strip()
+    if len(text) > LENGTH:
+        return text
+    text = text.translate(CHARACTERS)
+    for _ in range(3):                                  # a \text may hold another
+        for pattern, replacement in CLEANING:
+            text = pattern.sub(replacement, " ".join(text.split()))
+    tokens, at, depth = [], 0, 0
+    while match := not depth and THOUSANDS.match(text, at) or TOKEN.match(text, at):      # but (1,234) is a point
+        token, at = match[1].replace(",", "") or ",", match.end()
+        token = SPELLINGS.get(token, token.lower() if token.isalpha() and len(token) > 2 else token)
+        depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
+        tokens.append(token)
+    values = []
+    try:
+        for sign in "+-" if r"\pm" in tokens else "+":
+            items = Reader(tokens[:], bare, sign).items("")
+            if not items:
+                raise Unreadable
+            values += items[0] if len(items) == 1 and isinstance(items[0], list) else items
+        return show(list({show(value): value for value in values}.values()) if r"\pm" in tokens else values)
+    except Unreadable:
+        return " ".join(tokens)
+
+
+def show(value: Value) -> str:
+    if isinstance(value, list):
+        return show(value[0]) if len(value) == 1 else "{" + ", ".join(sorted(map(show, value))) + "}"
+    if isinstance(value, str):
+        return value
+    for denominator in range(1, 100):                   # simple fractions are shown as such, for human readers
+        numerator = (residue(value) * denominator + PRIME // 2) % PRIME - PRIME // 2
+        if abs(numerator) < 10**12:
+            return str(Fraction(numerator, denominator))
+    return str(residue(value))
+
+
+def residue(value: Value) -> int:
+    if isinstance(value, list | str):
+        raise Unreadable
+    if isinstance(value, int):
+        return value
+    if 2 * max(abs(value.numerator), value.denominator) ** 2 > PRIME:
+        raise Unreadable                                # below this bound, no two numbers have the same residue
+    return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
+
+
+def letter(name: str) -> int:
+    return int(sha256(name.encode()).hexdigest(), 16) ** 2 % PRIME      # a square, so that the root of x^2 is x
+
+
+def negative(value: Value) -> Fraction | int:
+    return -value if isinstance(value, Fraction) else calculate(0, "-", value)
+
+
+def calculate(left: Value, operator: str, right: Value) -> Value:
+    if operator == r"\cup":
+        return r" \cup ".join(sorted([*show(left).split(r" \cup "), show(right)]))
+    a, b, plain = residue(left), residue(right), isinstance(left, Fraction) and isinstance(right, Fraction)
+    if operator == "^":
+        return left if right == 1 else power(a, right)
+    if operator == "/" and b:
+        return left / right if plain else a * pow(b, -1, PRIME) % PRIME
+    if operator == "/" or plain:
+        raise Unreadable                                # division by zero; unfinished
+    return (a * b if operator == "*" else a + b if operator == "+" else a - b) % PRIME
+
+
+def power(base: int, exponent: Fraction | int) -> int:
+    """Roots are taken among the squares. Any other number is minus a square: odd roots keep the sign."""
+    if isinstance(exponent, int) or not base or exponent.denominator > 100:
+        return letter(f"{base}^{show(exponent)}")       # 2^n: known by its parts only
+    root, squares = exponent.denominator, (PRIME - 1) // 2
+    if root > 1 and pow(base, squares, PRIME) == 1:
+        base = pow(base, pow(root, -1, squares), PRIME)
+    elif root > 1:
+        base = -pow(-base, pow(root, -1, squares), PRIME) if root % 2 else letter(f"root {root} of {base}")
+    return pow(base, exponent.numerator, PRIME)
+
+
+class Reader:
+    """Recursive descent. Each method reads from the token `at` on and returns a value; `sign` is what ± stands for."""
+
+    def __init__(self, tokens: list[str], bare: int, sign: str):
+        self.tokens, self.bare, self.sign, self.at, self.depth = tokens, bare, sign, 0, 0
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+
+    def take(self, *expected: str) -> str:
+        token, self.at = self.next, self.at + 1
+        if not token or expected and token not in expected:
+            raise Unreadable
+        return self.sign if token == r"\pm" else token
+
+    def met(self, *tokens: str) -> bool:
+        return self.next in tokens and bool(self.take())
+
+    def items(self, *closing: str) -> list[Value]:
+        """Expressions, with = or < between them, and commas; up to a closing bracket or the end."""
+        values = []
+        while self.next not in closing:
+            begin, value = self.at, self.expression()
+            while self.next in RELATIONS:
+                name, sign, right = "".join(self.tokens[begin:self.at]), self.take(), self.expression()
+                named = sign in ("=", r"\in") and SYMBOL.fullmatch(name)
+                value = right if named and self.bare else f"{show(value)} {sign} {show(right)}"
+            values.append(value)
+            if self.next not in closing:
+                self.take(",")
+            while self.met(","):                        # 2, 3, and 4
+                pass
+        return values
+
+    def expression(self, loosest: int = 1) -> Value:
+        """Operands with operators that bind at least as tightly as `loosest`, by precedence climbing."""
+        minus = False
+        while self.next in ("+", "-", r"\pm"):
+            minus ^= self.take() == "-"
+        value = negative(self.expression(BINDING["*"])) if minus else self.operand()
+        while True:
+            # A factor needs no sign of multiplication; but a longer run of letters is a word.
+            factor = (self.next in ("(", "{", r"\frac", r"\sqrt") or self.next in FUNCTIONS | NAMES
+                      or self.next.isalpha() and len(self.next) < 3)
+            operator = "*" if factor else self.next
+            if BINDING.get(operator, 0) < loosest:
+                return value
+            operator = operator if factor else self.take()
+            right = self.argument() if operator == "^" else self.expression(BINDING[operator] + 1)
+            value = calculate(value, operator, right)
+
+    def argument(self, digit: bool = False) -> Value:
+        r"""A group or a single token; of a number only the first digit with `digit`, as \frac43 is 4/3."""
+        if self.met("-"):
+            return negative(self.operand())
+        if not self.next[-1:].isdecimal():
+            return self.operand()
+        if digit and len(self.next) > 1:
+            self.tokens[self.at:self.at + 1] = self.next[0], self.next[1:]
+        return Fraction(self.take())
+
+    def operand(self) -> Value:
+        """A number, a letter, a word, a function, or anything in brackets."""
+        self.depth += 1
+        token = self.take()
+        if self.depth > DEPTH:
+            raise Unreadable
+        if token[-1].isdecimal():
+            value = Fraction(token)
+            if self.met("_"):
+                base = show(self.argument())
+                value = value if self.bare == 2 else letter(f"{token}_{base}")
+            elif token.isdecimal() and self.next == r"\frac":       # 1\frac{4}{5} is 9/5, but 2\frac{x}{3} a product
+                fraction = self.operand()
+                value = value + fraction if isinstance(fraction, Fraction) else calculate(value, "*", fraction)
+        elif token.isalpha() and len(token) > 2:
+            value = token
+        elif token.isalpha():
+            self.tokens[self.at - 1:self.at] = token                # ab^2 is a times b^2
+            value = letter(token[0] + ("_" + show(self.argument()) if self.met("_") else ""))
+        elif token in NAMES:
+            value = letter(token)
+        elif token == r"\frac":
+            value = calculate(self.argument(digit=True), "/", self.argument(digit=True))
+        elif token == r"\sqrt":
+            root = Fraction(2)
+            if self.met("["):
+                root = self.expression()
+                self.take("]")
+            value = calculate(self.argument(), "^", calculate(Fraction(1), "/", root))
+        elif token in FUNCTIONS:
+            name = token + ("_" + show(self.argument()) if self.met("_") else "")
+            exponent = self.argument() if self.met("^") else Fraction(1)
+            inside = self.operand() if self.next == "(" else self.expression(BINDING["*"])
+            value = calculate(letter(f"{name}({show(inside)})"), "^", exponent)
+        elif token in ("(", "[", "{", r"\{"):
+            items = self.items(")", "]", "}", r"\}")
+            kind = token[-1] + self.take()[-1]
+            if kind == "{}" or kind == "()" and len(items) == 1:
+                value = items[0] if len(items) == 1 else items
+            elif items and kind in ("()", "[]", "(]", "[)"):
+                value = kind[0] + ", ".join(map(show, items)) + kind[1]
+            else:
+                raise Unreadable
+        else:
+            raise Unreadable
+        self.depth -= 1
+        return value

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sd import UserError, losses
+from sd.compile import fused
 from sd.config import Config
 from sd.critic import Critic, Critique
 from sd.model import Transformer
@@ -109,10 +110,12 @@ def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]],
 
     `tokens` normalises: the completion tokens of the whole batch, over all ranks, that are not left out.
     """
-    device = student.lm_head.weight.device
-    per_token = losses.divergence(config.divergence, config.beta)
+    device, rewarded = student.lm_head.weight.device, told.teacher_prompts is None
+    per_token = losses.of_logits("grpo" if rewarded else config.divergence, config.beta, config.temperature)
+    if config.compile:
+        per_token = fused(per_token, device.type)
     # a group whose rewards are all equal has no gradient: its tokens count, its forward pass does not happen
-    said = told.advantages if told.teacher_prompts is None else told.teacher_prompts
+    said = told.advantages if rewarded else told.teacher_prompts
     rows = [i for i in range(len(prompts)) if said[i]]
     rows.sort(key=lambda i: len(prompts[i]) + len(completions[i]))
     total = torch.zeros((), device=device)
@@ -120,7 +123,7 @@ def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]],
         micro = rows[start:start + config.micro_batch]
         answered = [completions[i] for i in micro]
         ids = torch.tensor([token for c in answered for token in c], device=device)         # (M)
-        if told.teacher_prompts is None:
+        if rewarded:
             fixed = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]], device=device)    # (M)
         else:
             with torch.no_grad():
@@ -132,14 +135,9 @@ def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]],
         top = hidden.detach().requires_grad_()
         chunk = max(1, CHUNK // student.config.vocab_size)
         for part in (slice(at, at + chunk) for at in range(0, len(ids), chunk)):
-            logp = losses.log_probs(student.lm_head(top[part]), config.temperature)         # (m, V)
-            if told.teacher_prompts is None:
-                loss = losses.policy_gradient(losses.of_token(logp, ids[part]), fixed[part])    # (m)
-            else:
-                with torch.no_grad():
-                    teacher_logp = losses.log_probs(teacher.model.lm_head(fixed[part]), config.temperature)     # (m, V)
-                loss = per_token(logp, teacher_logp, ids[part])                             # (m)
-            loss = loss.sum() / tokens
+            with torch.no_grad():
+                other = fixed[part] if rewarded else teacher.model.lm_head(fixed[part])     # (m) or (m, V)
+            loss = per_token(student.lm_head(top[part]), other, ids[part]).sum() / tokens
             loss.backward()
             total += loss.detach()
         hidden.backward(top.grad)

@@ -6,7 +6,9 @@ divides by the completion tokens of the whole batch, once, so micro-batches do n
 
 Fully on-policy: one optimiser step per batch of rollouts, so there is no importance ratio and nothing to clip.
 """
+import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +35,7 @@ def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5) -> Ten
 
     It tends to 0, not to the KLs, at its ends; these are `forward_kl` and `reverse_kl`.
     """
-    weights = torch.tensor([beta, 1 - beta], device=student.device).log()
-    mixture = torch.logaddexp(teacher + weights[0], student + weights[1])
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     return beta * forward_kl(mixture, teacher, ids) + (1 - beta) * forward_kl(mixture, student, ids)
 
 
@@ -82,3 +83,15 @@ def divergence(name: str, beta: float) -> Callable[[Tensor, Tensor, Tensor], Ten
     if name == "jsd":
         return lambda student, teacher, ids: jsd(student, teacher, ids, beta)
     return DIVERGENCES[name]
+
+
+@cache
+def of_logits(name: str, beta: float, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The whole loss of m tokens from logits (m, V), one number each: what --compile compiles.
+
+    Of the student's logits, the teacher's, and the ids; for the name "grpo" the advantages (m) in the teacher's place.
+    """
+    if name == "grpo":
+        return lambda logits, advantage, ids: policy_gradient(of_token(log_probs(logits, temperature), ids), advantage)
+    per_token = divergence(name, beta)
+    return lambda logits, teacher, ids: per_token(log_probs(logits, temperature), log_probs(teacher, temperature), ids)

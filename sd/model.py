@@ -130,9 +130,9 @@ class Attention(nn.Module):
                 cache.v[layer][:, :, :T] = v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:                                   # one new token a row, at positions (B): write its slot, then read
-            row = torch.arange(B, device=x.device)
-            cache.k[layer][row, :, positions] = k[:, :, 0]
-            cache.v[layer][row, :, positions] = v[:, :, 0]
+            slot = positions.view(B, 1, 1, 1).expand_as(k)                                  # (B, K, 1, D)
+            cache.k[layer].scatter_(2, slot, k)
+            cache.v[layer].scatter_(2, slot, v)
             S = mask.size(-1)                   # the slots in use; the query heads of a group share one key head
             q = q.reshape(B, self.config.num_key_value_heads, -1, D)                        # (B, K, H/K, D)
             out = F.scaled_dot_product_attention(q, cache.k[layer][:, :, :S], cache.v[layer][:, :, :S], mask)

@@ -1,8 +1,8 @@
-"""What a configuration needs, before anything is loaded: memory per device by part, and the work of a step.
+"""What a configuration needs, before anything is loaded: memory per device by part.
 
-Sizes follow from config.json alone. Of the three phases of a step (sampling, training, writing a checkpoint) only one is
-alive at a time, so the peak is what always stays plus the largest of them. Prompts are assumed to have PROMPT tokens and
-rollouts to run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so leave a tenth free.
+Sizes follow from config.json alone. Of the phases of a step only one is alive at a time, so the peak is what always stays
+plus the largest of them. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a rollout, and rollouts that
+run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so leave a tenth free.
 """
 import os
 from pathlib import Path
@@ -14,23 +14,25 @@ from sd.conditions import CHUNK
 from sd.config import Config
 from sd.lora import TARGETS
 from sd.model import ModelConfig, Transformer
+from sd.problems import embedded, read_problems
 
-PROMPT = 256            # tokens; a teacher's prompt also holds a context as long as a rollout
-ALIVE = 6               # float32 tensors of logits' size in a divergence and its backward pass
+PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of the critic's rules and example
+ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size at once
 GIB = 2 ** 30
-RUNTIME = {"cpu": 0.35 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
+RUNTIME = {"cpu": 0.33 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
 
 
-def parameters(shape: ModelConfig) -> tuple[int, int]:
-    """(all weights, weights of the attention and MLP projections)."""
+def parameters(shape: ModelConfig) -> tuple[int, int, int]:
+    """All weights, those of the attention and MLP projections, and an adapter's of rank 1."""
     with torch.device("meta"):
         model = Transformer(shape)
-    adapted = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in TARGETS)
-    return sum(p.numel() for p in model.parameters()), adapted
+    adapted = [module for name, module in model.named_modules() if name.split(".")[-1] in TARGETS]
+    return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in adapted),
+            sum(m.in_features + m.out_features for m in adapted))
 
 
-def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute: bool) -> float:
-    """Bytes that the forward pass of one micro-batch of `tokens` keeps for its backward pass, and the largest layer's own.
+def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute: bool) -> tuple[float, float]:
+    """Bytes that a forward pass of `tokens` keeps for its backward pass, and what that needs beside them.
 
     A layer keeps, per token: each norm's input in float32 and its output (before its weight too, if that trains), q, k, v as
     the attention reads them and q, k before their norm, the attention's output, and the MLP's gate, silu, up and product.
@@ -42,60 +44,80 @@ def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute
     if shape.qk_norm:
         layer += (HD + KD) * (4 + outputs - size)
     if recompute:
-        return tokens * (shape.num_hidden_layers * C * size + layer + 2 * inner * size)
-    return tokens * (shape.num_hidden_layers * layer + 2 * inner * size)
+        return tokens * shape.num_hidden_layers * C * size, tokens * (layer + 2 * inner * size)
+    return tokens * shape.num_hidden_layers * layer, tokens * 2 * inner * size
+
+
+def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, packed: int) -> float:
+    """Bytes for `rows` rollouts: the key/value cache and, at one time each, the prompts' forward pass or decoding."""
+    cache = 2 * rows * (prompt + new) * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+    copied = cache / 2                                      # all keys are copied before the old ones go
+    draw = rows * shape.vocab_size * (size + 4 + 4 + 8)     # logits, log-probabilities, theirs and their sum in float64
+    return cache + max(copied, forward(shape, rows * prompt, size), packed + draw)
+
+
+def forward(shape: ModelConfig, tokens: int, size: int) -> float:
+    return 3 * tokens * (shape.hidden_size + shape.intermediate_size) * size        # of one layer
 
 
 def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     """Bytes per device, by part; the parts that are named "phase: …" exclude one another."""
-    shape = read_config(Path(config.model or EMBEDDED))
-    total, adapted = parameters(shape)
-    size = 2 if config.dtype == "bfloat16" else 4
-    layers, V, C = shape.num_hidden_layers, shape.vocab_size, shape.hidden_size
-    with torch.device("meta"):
-        block = Transformer(shape).model.layers[0]
-    per_layer = sum(m.in_features + m.out_features for part in (block.self_attn, block.mlp)
-                    for name, m in part.named_children() if name in TARGETS)
-    trained = config.lora_rank * layers * per_layer if config.lora_rank else total
-    distilled = config.cond != "grpo"
+    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+    total, adapted, per_rank = parameters(shape)
+    cpu, size, V, C = config.torch_device.type == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
+    trained = config.lora_rank * per_rank if config.lora_rank else total
+    critique, distilled = config.cond == "critique", config.cond != "grpo"
+    copies = (distilled and config.teacher != "live") + (critique and config.critic == "self" and config.teacher != "base")
     out = {"weights": total * size, "runtime": RUNTIME[config.torch_device.type]}
     if config.lora_rank:
         out["adapter"] = trained * 4
-    if distilled and config.teacher != "live" or config.critic == "self" and config.cond == "critique":
-        out["self-teacher"] = 4 * trained           # what is frozen is shared
-    if config.cond == "critique" and not (config.critic in ("symbolic", "self") or "://" in config.critic):
-        out["critic"] = parameters(read_config(Path(config.critic)))[0] * size
+    if copies:
+        out["self-teacher"] = copies * trained * 4          # what is frozen is shared
+    own = critique and not (config.critic in ("symbolic", "self") or "://" in config.critic)
+    judge = read_config(Path(config.critic)) if own else shape
+    if own:
+        out["critic"] = parameters(judge)[0] * size
     out["gradients"] = trained * 4
     out["AdamW's moments"] = trained * 8
 
-    local = config.sample_batch if config.sample_batch < config.batch * config.rollouts_per_problem / ranks else \
-        config.batch * config.rollouts_per_problem // ranks
-    slots = PROMPT + config.max_new_tokens
-    cache = 2 * layers * local * slots * shape.num_key_value_heads * shape.head_dim * size
-    out["phase: sampling, key/value cache"] = cache + local * V * (size + 4 + 4 + 8)
-    rows = min(config.micro_batch, local)
-    tokens = rows * slots
-    teacher_tokens = rows * (slots + config.max_new_tokens) if distilled else 0
-    predicted = rows * config.max_new_tokens
-    logits = ALIVE * 4 * min(max(CHUNK, V), predicted * V)
-    kept = activations(shape, tokens, size, config.lora_rank, config.recompute)
-    out["phase: training, activations and logits"] = kept + max(logits, 0) + 3 * predicted * C * size
-    out["phase: the teacher's forward pass"] = teacher_tokens * (4 * C + 4 * shape.intermediate_size) * size
-    out["phase: checkpoint"] = (adapted * size if config.lora_rank else 0) + trained * 12
+    rollouts = -(-config.batch // ranks) * group
+    validated = -(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) * config.eval_samples
+    packed = (adapted + V * C) * size if cpu else 0         # sd/compile.py packs the weights for decoding
+    rows = min(config.sample_batch, max(rollouts, validated))
+    out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, packed)
+    if critique and (own or config.critic == "self"):
+        read = min(SCRIBE + PROMPT + 2 * new, max(1, judge.max_position_embeddings - config.critic_tokens))
+        out["phase: the critic's key/value cache"] = sampling(judge, min(config.sample_batch, rollouts), read,
+                                                              config.critic_tokens, size, packed)
+    rows = min(config.micro_batch, rollouts)
+    kept, passing = activations(shape, rows * (PROMPT + new), size, config.lora_rank, config.recompute)
+    logits = 4 * V * min(max(1, CHUNK // V), rows * new)
+    logits = max(ALIVE[config.divergence if distilled else "grpo"] * logits,
+                 3 * logits + (0 if config.lora_rank else 4 * V * C))                       # the projection's gradient
+    out["phase: training, activations and logits"] = kept + max(logits, passing) + 4 * rows * new * C * size
+    if distilled:
+        out["phase: the teacher's forward pass"] = forward(shape, rows * (PROMPT + 2 * new), size)
+    merged, state = adapted * size if config.lora_rank else 0, trained * 12 + (trained * 4 if config.teacher == "ema" else 0)
+    step = trained * 4 * ((ranks > 1) + (not cpu))          # the sum over ranks; AdamW works on all parameters at once
+    out["phase: step and checkpoint"] = max(step, merged, state if cpu else 0)
     return out
+
+
+def peak(parts: dict[str, float]) -> float:
+    """What always stays and the largest phase."""
+    phases = [size for name, size in parts.items() if name.startswith("phase: ")]
+    return sum(parts.values()) - sum(phases) + max(phases)
 
 
 def plan(config: Config, gib: float) -> str:
     """A table for people. Raises UserError if the model's config.json cannot be read."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = needs(config, ranks)
-    phases = {name: size for name, size in parts.items() if name.startswith("phase: ")}
-    always = sum(parts.values()) - sum(phases.values())
-    peak = always + max(phases.values())
     lines = [f"per device, with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
     lines += [f"  {name:44s} {size / GIB:8.2f} GiB" for name, size in parts.items()]
-    fits = "fits" if 1.1 * peak <= gib * GIB else "does not fit"
-    lines += [f"  {'peak: what stays and the largest phase':44s} {peak / GIB:8.2f} GiB: {fits} {gib:g} GiB with a tenth to spare"]
+    fits = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
+    lines += [f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB: {fits} {gib:g} GiB with a tenth "
+              "to spare"]
     if fits != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
     return "\n".join(lines)

@@ -1,11 +1,19 @@
-"""Problems: JSONL in, one object a line, validated with file and line. `solution` is what the `ref` condition shows."""
+"""Problems: UTF-8 JSONL in, one object a line: {"problem", "answer", "solution"?, "id"?}; other fields are ignored.
+
+`solution` is what the `ref` condition shows. A missing id is the file's name and the line; null is as good as missing.
+An answer or an id may be a whole number, but not 2.50, which would come out as 2.5, and not true. A line must neither
+hold a field twice nor share its id with another, since results are kept by id. A byte order mark, Windows line ends and
+empty lines are skipped. Control characters are kept in texts, refused in ids, and never quoted in an error.
+"""
 import json
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd import UserError
 
 ASSETS = Path(__file__).parent / "assets"
+LONGEST_ID = 200
 
 
 @dataclass(frozen=True)
@@ -17,29 +25,59 @@ class Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Reads {"problem", "answer", "solution"?, "id"?} lines. Raises UserError naming the file, the line and the field."""
-    problems = []
+    """All problems of a file; raises UserError with file, line and field at the first line that is none."""
+    name, problems, seen = str(path) if str(path).isprintable() else ascii(str(path)), [], {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object")
-        row.setdefault("id", f"{Path(path).stem}-{number}")
-        for field in ("id", "problem", "answer", "solution"):
-            if not isinstance(row.get(field, "" if field == "solution" else None), str):
-                raise UserError(f"{path}:{number}: field {field!r} must be a string")
-        problems.append(Problem(row["id"], row["problem"], row["answer"], row.get("solution", "")))
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                try:
+                    problem = _problem(line, f"{Path(path).stem}-{number}")
+                except ValueError as error:
+                    raise UserError(f"{name}:{number}: {error}") from None
+                if problem.id in seen:
+                    raise UserError(f"{name}:{number}: field 'id' is {problem.id!r}, as in line {seen[problem.id]}")
+                seen[problem.id] = number
+                problems.append(problem)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     if not problems:
-        raise UserError(f"{path}: holds no problem")
+        raise UserError(f"{name}: holds no problem")
     return problems
+
+
+def _problem(line: bytes, default_id: str) -> Problem:
+    """One line's problem; raises ValueError saying what is wrong, in words that quote nothing from the line."""
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8, at byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1} of the line)") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    row = {"id": default_id, "solution": ""} | {key: value for key, value in row.items() if value is not None}
+    for field, kinds in (("id", (str, int)), ("problem", (str,)), ("answer", (str, int)), ("solution", (str,))):
+        if type(row.get(field)) not in kinds:
+            raise ValueError(f"field {field!r} must be a string{' or a whole number' if int in kinds else ''}")
+        row[field] = str(row[field])
+        if any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise ValueError(f"field {field!r} holds half of a surrogate pair, which cannot be written out")
+        if field != "solution" and not row[field].strip():
+            raise ValueError(f"field {field!r} is empty")
+    if len(row["id"]) > LONGEST_ID or not row["id"].isprintable():
+        raise ValueError(f"field 'id' must be at most {LONGEST_ID} printable characters")
+    return Problem(row["id"], row["problem"], row["answer"], row["solution"])
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a field is there twice")
+    return row
 
 
 def embedded(split: str) -> list[Problem]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd.compile import decoder
 from sd.model import Cache, Transformer
 
 CHECK_EVERY = 8     # tokens between two looks at which rows are finished: each look waits for the device
@@ -55,7 +56,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     if temperature == 0:
         ids = logprobs.argmax(-1)
     else:
-        cumulative = logprobs.double().exp_().cumsum(-1)                                    # (N, V)
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)                         # (N, V)
         at = uniform.unsqueeze(-1) * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, at, right=True).squeeze(-1)                    # (N)
         ids = ids.clamp(max=logits.size(-1) - 1)            # only NaN logits get there; the caller sees them in logprobs
@@ -64,7 +65,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
 @torch.no_grad()
 def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
-           temperature: float = 1.0, group: int = 1, noise: Tensor | None = None) -> Rollouts:
+           temperature: float = 1.0, group: int = 1, noise: Tensor | None = None, compile: bool = False) -> Rollouts:
     """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens.
 
     `noise` (prompts * group, max_new_tokens) are numbers from `uniforms`; None draws fresh ones.
@@ -83,6 +84,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
                    torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, max_new_tokens, device=device),
                    torch.ones(N, dtype=torch.bool, device=device))
     noise = (torch.rand(N, max_new_tokens, dtype=torch.float64) if noise is None else noise).to(device)
+    step = decoder(model, cache, max_new_tokens, compile)
     ends = torch.tensor(eos, device=device)         # one id or several
     rows = torch.arange(N, device=device)           # which rollout a row of the shrinking batch belongs to
     going = torch.ones(N, dtype=torch.bool, device=device)
@@ -100,18 +102,18 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
             if len(keep) <= 0.75 * len(rows):       # copying the cache pays only if enough rows go
                 cache.rows(keep)
                 rows, going, ids, positions = rows[keep], going[keep], ids[keep], positions[keep]
-        logits = model.lm_head(model.hidden(ids.unsqueeze(-1), cache, positions, longest + t + 1)[:, -1])
+        logits = step(ids, positions, longest + t + 1)
         positions = positions + 1
     width = int(out.lengths.max())
     return Rollouts(out.ids[:, :width], out.lengths, out.logprobs[:, :width], out.truncated)
 
 
 def sample_in_parts(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
-                    temperature: float, group: int, noise: Tensor | None, rows: int) -> Rollouts:
+                    temperature: float, group: int, noise: Tensor | None, rows: int, compile: bool = False) -> Rollouts:
     """`sample` with at most `rows` rollouts at once (one group at least): bounds the cache's memory, changes no rollout."""
     step = max(1, rows // group)
     parts = [sample(model, prompts[at:at + step], eos, max_new_tokens, temperature, group,
-                    None if noise is None else noise[at * group:(at + step) * group])
+                    None if noise is None else noise[at * group:(at + step) * group], compile)
              for at in range(0, len(prompts), step)]
     width = max(part.ids.size(1) for part in parts)
     wide = lambda tensors: torch.cat([F.pad(t, (0, width - t.size(1))) for t in tensors])

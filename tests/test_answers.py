@@ -1,34 +1,255 @@
-"""Final answers, taken out and compared."""
+"""Final answers, taken out and compared: by hand, against math-verify, against exact arithmetic on random formulas."""
+import random
+from fractions import Fraction
+
 import pytest
 
-from sd.answers import equal, final_answer
+from sd.answers import PRIME, canonical, equal, final_answer
 
 
 @pytest.mark.parametrize("trace, truncated, answer", [
     ("<step_1> 1+1=2 </step_1>\n<answer> 2 </answer>", False, "2"),
-    ("<answer> 1,224.0 </answer>", False, "1224"),
+    ("<answer> 1,224.0 </answer>", False, "1,224.0"),
     ("<answer> 1 </answer><answer> 2 </answer>", False, "2"),
-    ("<answer> 2", False, "2"),                 # forgot the tag, but had ended
-    ("<answer> 2", True, None),                 # may have been 22
+    ("<answer> 2", False, "2"),                                             # forgot the tag, but had ended
+    ("<answer> 2", True, None),                                             # may have been 22
     ("<answer> 2 </answer> and", True, "2"),
     ("<answer> </answer>", False, None),
     ("<step_1> 1+1=2 </step_1>", False, None),
     ("2", False, None), ("", False, None), ("", True, None),
+    (r"<answer> \boxed{\frac{1}{2}} </answer>", False, r"\frac{1}{2}"),
+    (r"<answer> so it is $\boxed{3}$. </answer>", False, "3"),
+    (r"\boxed{1} <answer> 2 </answer> \boxed{3}", False, "2"),              # the tag comes first
+    ("<answer> $7$ </answer>", False, "7"), (r"<answer> \(7\) </answer>", False, "7"),
+    ("<answer> $$7$$ </answer>", False, "7"), (r"<answer> \[7\] </answer>", False, "7"),
+    (r"<answer> \$18 </answer>", False, r"\$18"),
+    (r"thus $\boxed{1}$, no, $\boxed{2}$.", False, "2"),
+    (r"\boxed{\left\{ \frac{1}{2}, \{3\} \right\}}", False, r"\left\{ \frac{1}{2}, \{3\} \right\}"),
+    (r"\fbox{4}", False, "4"), (r"it is $\boxed 3$", False, "3"), (r"\boxed 3" + "\n", True, "3"),
+    (r"\boxed 3", True, None), (r"\boxed 3", False, "3"),
+    (r"\boxed{5} and then \boxed{6", False, "5"), (r"\boxed{6", False, None), (r"\boxed{5} and", True, "5"),
+    (r"\boxed{}", False, None),
+    ("2+2 = <<2+2=4>>4\n#### 4", False, "4"), ("#### 4\n", True, "4"), ("#### 4", True, None),
+    ("#### 4\n#### 5", False, "5"), ("see #### 4", False, None), (r"\boxed{1}" + "\n#### 2", False, "1"),
 ])
 def test_the_final_answer_of(trace, truncated, answer):
     assert final_answer(trace, truncated) == answer
 
 
-@pytest.mark.parametrize("left, right, same", [
-    ("1224", "1,224.0", True), ("1/2", "0.5", True), ("2/4", "1/2", True), ("+7", "7", True), ("-0", "0", True),
-    ("007", "7", True), ("  x  +  1 ", "x + 1", True), ("-7", "7", False), ("12", "122", False),
-    ("1,22", "122", False),                     # no way to write a number
-    ("1/0", "1/0", True), ("1/0", "0", False), ("2*3", "6", False), ("x", "X", False), ("", "0", False),
-    ("1e3", "1000", False), ("9" * 50, "9" * 50 + ".0", False),
-])
-def test_equal_compares_numbers_by_value_and_never_evaluates(left, right, same):
+# As math-verify sees it, too.
+EQUAL = [
+    ("1224", "1,224.0"), ("1/2", "0.5"), ("2/4", "1/2"), ("+7", "7"), ("-0", "0"), ("007", "7"), ("016", "16"),
+    ("1{,}008{,}016", "1008016"), (r"10,\!080", "10080"), (r"11,\! 111,\! 111", "11111111"), (".35625", "0.35625"),
+    (r"\frac{3}{4}", "3/4"), (r"\frac34", r"\dfrac{3}{4}"), (r"\frac 59", r"\tfrac{5}{9}"), (r"\frac9{19}", "9/19"),
+    (r"\frac{270}7", "270/7"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("0.15", r"\frac{3}{20}"), ("2.50", "2.5"),
+    (r"1\frac{4}{5}", r"\frac{9}{5}"), (r"137 \frac{1}{2}", "137.5"), (r"-15\frac{3}{5}", "-15.6"),
+    (r"\$18.90", "18.9"), (r"50\%", "50"), (r"80 \%", "80%"), (r"90^\circ", "90"), (r"22.5^{\circ}", "22.5"),
+    (r"864 \mbox{ inches}^2", "864"), (r"5.4 \text{ cents}", "5.4"), ("5 cm", "5"),
+    (r"\frac{11}{15}\text{ days}", "11/15"),
+    (r"3\sqrt{13}", r"3 \sqrt{13}"), (r"11\sqrt2", r"11 \cdot \sqrt{2}"), (r"\sqrt{12}", r"2\sqrt{3}"),
+    (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"), (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\sqrt[3]{8}", "2"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}"), (r"\sqrt[3]{16}", r"2\sqrt[3]{2}"),
+    ("12^{1/7}", r"\sqrt[7]{12}"),
+    (r"\frac{\pi}{2}", r"0.5\pi"), (r"18+2\pi", r"2\pi + 18"),
+    (r"\frac{9}{\pi^2}(\sqrt{3}+3)", r"\frac{9\sqrt3+27}{\pi^2}"),
+    ("2^{10}", "1024"), ("5^{12}", "244140625"), ("10^{-3}", "0.001"), (r"6.72 \times 10^{-5}", ".0000672"),
+    ("a+b", "b+a"), ("x-2y-3z", "x-(2y+3z)"), ("x/2/3", "x/6"), ("2x", "2*x"), (r"\frac{3x}{4}", r"\frac{3}{4}x"),
+    ("x^2+2x+1", "(x+1)^2"), ("6 - 5i", "-5i+6"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"\frac{x^2-1}{x-1}", "x+1"),
+    (r"\frac{11+9a}{20}", "0.55+0.45a"), ("2^{n - 1}", "2^{n-1}"), ("x=5", "5"), ("k = 1", "k=1"),
+    ("y = 2x + 3", "2x+3"),
+    ("(3, -13)", "(3,-13)"), (r"\left( \frac{3}{2}, -13 \right)", "(1.5, -13)"), (r"(3, \frac{\pi}{2})", r"(3,\pi/2)"),
+    (r"(-\infty, 0]", r"\left(-\infty,0\right]"), (r"x \in [-2,7]", "[-2, 7]"),
+    (r"(0,9) \cup (9,36)", r"(9,36)\cup(0,9)"), ("1,-2", "-2, 1"), ("3, 5, 7", r"\{7, 5, 3\}"),
+    (r"2 \text{ or } -12", "-12,2"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"), (r"\{1\pm\sqrt{5},-2\}", r"\{-2,1+\sqrt5,1-\sqrt5\}"),
+    (r"\emptyset", r"\{\}"), (r"\text{east}", "east"), (r"\text{Evelyn}", r"\text{ evelyn }"), (r"\text{(C)}", "C"),
+    ("(C)", "C"),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{bmatrix} -\frac13 \\ \frac{2}{3} \end{bmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), ("52_8", "52_{8}"),
+    ("52_8", "52"),
+]
+UNEQUAL = [
+    ("-7", "7"), ("12", "122"), ("0.333", r"\frac13"), ("1.8", r"1\frac{3}{5}"), (r"\frac{3}{4}", r"\frac{4}{3}"),
+    ("", "0"),
+    ("1e3", "1000"), ("1,234", r"\{1,234\}"), (r"\sqrt{3}", "3"), (r"\sqrt{12}", r"3\sqrt{2}"), (r"\pi", "3.14"),
+    (r"2\pi", r"\pi^2"), ("x+1", "x-1"), ("x^2", "x^3"), ("2x", "2y"), ("6-5i", "6+5i"), ("(x+1)^2", "x^2+1"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2]", "[1,2)"), ("(3,4]", "(3,4)"), ("1,2", "1,3"), ("1,2", "1,2,3"),
+    (r"(0,9) \cup (9,36)", "(0,36)"), (r"(5,\infty)", r"(-\infty,5)"), (r"1 \pm \sqrt{19}", r"1+\sqrt{19}"),
+    (r"\text{east}", r"\text{west}"), (r"\text{(C)}", r"\text{(B)}"), ("2^{10}", "1023"), ("2^{n}", "2^{m}"),
+    ("x=5", "6"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("52_8", "53_8"), ("52_8", "42"),
+    ("1.50", "1.05"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"), ("y = 2x+3", "y = 3x+2"), (r"\tan x", r"\cot x"), ("10!", "10"),
+]
+# Conventions of our own, and what math-verify does not read.
+PARTED = [
+    (r"50\%", "0.5", False),                    # the answers of MATH have percents as such
+    ("2*3", "6", False), ("7*8 + 6*9 + 3*4", "122", False), ("2+3", "5", False),
+    ("122*1", "122", False),      # unfinished
+    (r"\frac{7}{1} \cdot 8", "56", False), ("7^1*8^1", "56", False), ("(7)(8)", "56", False),
+    ("0.33333333333333333333", r"\frac13", False),                          # a rounded number is another number
+    ("x", "X", False), ("1,2", "(1,2)", False), ("52_8", "52_9", False), ("3:5", r"\frac35", False),
+    (r"[2,\infty)", r"[2,\infty]", False), (r"8\!:\!34 \text{ p.m.}", r"8\!:\!34 \text{ a.m.}", False),
+    (r"5!", "120", False),
+    (r"2\sin x\cos x", r"\sin 2x", False), ("y = 2x+3", "2x-y+3=0", False), ("x=5", "y=5", False),
+    ("18 dollars", "18", True), (r"\sin^2 t", r"(\sin t)^2", True), (r"\sqrt{x^2}", "x", True), ("x^2/x", "x", True),
+    ("\\text{A,B}", "B, A", True), ("  x  +  1 ", "x + 1.", True), ("x = 52_8", "52_8", True),
+    ("−5 × π", r"-5\pi", True),
+    ("1,22", "122", False), ("1/0", "1/0", True), ("1/0", "0", False), ("--7", "7", True), ("", r"\emptyset", False),
+    ("(1,234)", "(1234)", False), ("(1,234)", "(1, 234)", True),
+    (r"\text{two  lines}", "Two lines", True), (r"\angle ABC", r"\angle  ABC", True),
+    (r"\angle ABC", r"\angle ABD", False),
+    (r"\log_2 83", r"\log_{28} 3", False), ("9" * 30, "9" * 30 + ".0", True), ("1" * 90, "1" * 89 + "2", False),
+    ("1" + "0" * 50, "1" + "0" * 49 + "1", False),
+    (str(PRIME), "0", False), (str(PRIME + 5), "5", False), (str((1 - PRIME) // 2), "0.5", False),
+]
+
+
+@pytest.mark.parametrize("left, right, same",
+                         [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in UNEQUAL] + PARTED)
+def test_equal_by_hand(left, right, same):
     assert equal(left, right) is same and equal(right, left) is same
+    assert equal(final_answer(f"<answer> {left} </answer>", False) or "", right) is same
+    assert equal(rf"\boxed{{{left}}}", right) is same
+
+
+def test_math_verify_agrees():
+    """On the tables above; it is the grader that published numbers rest on."""
+    peer = pytest.importorskip("math_verify")
+
+    def verdict(left: str, right: str) -> bool:
+        read = [peer.parse(f"${text}$", parsing_timeout=20) for text in (left, right)]
+        return peer.verify(*read, timeout_seconds=20)
+    wrong = [(a, b) for a, b in EQUAL if not verdict(a, b)] + [(a, b) for a, b in UNEQUAL if verdict(a, b)]
+    assert not wrong
 
 
 def test_no_answer_equals_nothing():
     assert not equal(None, "") and not equal(None, "None")
+
+
+def test_roots_multiply_and_divide_as_real_numbers_do():
+    """Of m, n < 60: a sign lost among the roots modulo a prime would show here."""
+    for m in range(1, 60):
+        assert equal(rf"(\sqrt{{{m}}})^2", f"{m}")
+        assert equal(rf"\frac{{1}}{{\sqrt{{{m}}}}}", rf"\frac{{\sqrt{{{m}}}}}{{{m}}}")
+        assert equal(rf"\sqrt[3]{{-{m ** 3}}}", f"-{m}") and equal(rf"\sqrt[4]{{{m ** 4}}}", f"{m}")
+        for n in range(m, 60, 9):
+            assert equal(rf"\sqrt{{{m}}}\sqrt{{{n}}}", rf"\sqrt{{{m * n}}}")
+            assert not equal(rf"\sqrt{{{m}}}\sqrt{{{n}}}", rf"\sqrt{{{m * n + 1}}}")
+            assert not equal(rf"\sqrt{{{m}}}\sqrt{{{n}}}", rf"-\sqrt{{{m * n}}}")
+
+
+def test_the_prime_is_one():
+    """Miller and Rabin's test with 40 bases, so that everything but 0 can be divided by."""
+    odd, twos = PRIME - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in range(2, 42):
+        powers = [pow(base, odd << i, PRIME) for i in range(twos)]
+        assert powers[0] == 1 or PRIME - 1 in powers
+
+
+def formula(rng: random.Random, depth: int) -> tuple:
+    """A random formula in x and y as a tree."""
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice("xy"), rng.randint(-9, 9), rng.randint(1, 9), rng.randint(1, 4)
+    return rng.choice("+-*/"), formula(rng, depth - 1), formula(rng, depth - 1)
+
+
+def latex(tree: tuple) -> str:
+    if tree[0] in "xy":
+        letter, plus, over, power = tree
+        return rf"(\frac{{{letter}^{{{power}}}}}{{{over}}} {'-' if plus < 0 else '+'} {abs(plus)})"
+    left, right = map(latex, tree[1:])
+    return {"+": f"({left} + {right})", "-": f"({left} - {right})",
+    "*": left + right, "/": rf"\frac{{{left}}}{{{right}}}"}[tree[0]]
+
+
+def value(tree: tuple, point: dict[str, Fraction]) -> Fraction:
+    if tree[0] in "xy":
+        return point[tree[0]] ** tree[3] / tree[2] + tree[1]
+    left, right = value(tree[1], point), value(tree[2], point)
+    return {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[tree[0]](right)
+
+
+def rewritten(rng: random.Random, tree: tuple) -> tuple:
+    """Another tree; of the same value by the laws of arithmetic, but now and then with a sign or a number changed."""
+    if tree[0] in "xy":
+        return tree if rng.random() < 0.9 else (tree[0], tree[1] + 1, *tree[2:])
+    operator, left, right = tree[0], *(rewritten(rng, branch) for branch in tree[1:])
+    if rng.random() < 0.05:
+        operator = {"+": "-", "-": "+", "*": "/", "/": "*"}[operator]
+    if operator in "+*" and rng.random() < 0.5:
+        left, right = right, left
+    if operator == "*" and right[0] in "+-":
+        return right[0], ("*", left, right[1]), ("*", left, right[2])
+    if operator == "/" and left[0] in "+-*":
+        return (left[0], ("/", left[1], right), ("/", left[2], right) if left[0] != "*" else left[2])
+    return operator, left, right
+
+
+def test_formulas_are_equal_where_exact_arithmetic_says_so():
+    """The oracle: Fractions at four points. Two formulas this small that are equal at all of them are equal."""
+    rng, counts = random.Random(0), {True: 0, False: 0}
+    points = [{letter: Fraction(rng.randint(10, 10**6), rng.randint(10, 10**6)) for letter in "xy"} for _ in range(4)]
+    while min(counts.values()) < 150:
+        left = formula(rng, 3)
+        right = rewritten(rng, left)
+        if max(len(latex(left)), len(latex(right))) > 400:
+            continue                                                        # those are compared as text
+        try:
+            same = all(value(left, point) == value(right, point) for point in points)
+        except ZeroDivisionError:
+            continue
+        counts[same] += 1
+        assert equal(latex(left), latex(right)) is same, (latex(left), latex(right))
+
+
+HOSTILE = {
+    "tower": "9**9**9", "braced tower": "9^{9^{9^9}}", "long exponent": "(x+1)^{" + "9" * 390 + "}",
+    "digits": "9" * 100_000, "fraction of digits": "9" * 190 + "/" + "7" * 190, "a megabyte": "x" * 1_000_000,
+    "spaces": "5" + " " * 1_000_000 + "x", "braces": "{" * 10_000 + "1" + "}" * 10_000,
+    "brackets": "(" * 190 + "1" + ")" * 190, "open brackets": "(" * 399, "open lists": "(1," * 130,
+    "fractions": r"\frac{1}{" * 40 + "1" + "}" * 40, "bare fractions": r"\frac" * 75, "roots": r"\sqrt" * 75,
+    "sines": r"\sin" * 90, "minuses": "-" * 390, "minuses above": "2^" + "-" * 380 + "3", "powers": "1^" * 190 + "1",
+    "plus or minus": r"\pm" * 120 + "1", "matrices": r"\begin{pmatrix}" * 25, "texts": r"\text{" * 60,
+    "boxes": r"\boxed{" * 10_000, "open tags": "<answer>" * 10_000, "equations": "x=" * 190, "products": "(a+b)" * 79,
+    "sums of quotients": "+".join(f"1/x_{i}" for i in range(50)), "huge root": r"\sqrt[" + "9" * 380 + "]{2}",
+    "no root": r"\sqrt[0]{2}", "half a pair": "\ud800", "null": "\0", "escape": "\x1b[2J", "dollars": "$" * 100_000,
+    "hashes": "#### " * 100_000, "backslashes": "\\" * 399, "digits of elsewhere": "٣²⁴½", "commas": "," * 399,
+    "bars": "|" * 399, "nothing over nothing": r"\frac{0}{0}", "minus power of nothing": "0^{-1}",
+}
+
+
+@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_answers_equal_themselves_and_nothing_else(answer):
+    """Powers are taken modulo a prime; beyond 400 characters or 25 brackets nothing is read: no answer takes long."""
+    assert equal(answer, answer) and not equal(answer, "5") and not equal("5", answer)
+    for trace in (answer, f"<answer>{answer}</answer>", rf"\boxed{{{answer}}}", f"#### {answer}"):
+        for truncated in (False, True):
+            final = final_answer(trace, truncated)
+            assert final is None or final in trace
+
+
+def test_anything_can_be_compared():
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    words = st.sampled_from(["\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "^", "_", ",", "1", "23",
+    ".5", "x", "ab",
+                             "+", "-", "*", "/", "=", "\\pm", "\\cup", "\\in", "<", "\\pi", "\\text{", "cm", " ", "$",
+                             "\\boxed{",
+                             "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\sin", "or", "|", "<answer>",
+                             "#### ", "\n", "%"])
+    texts = st.one_of(st.text(max_size=60), st.lists(words, max_size=20).map("".join))
+
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(texts, texts)
+    def compare(left, right):
+        assert equal(left, left) and equal(left, right) is equal(right, left)
+        assert (canonical(left) == canonical(right)) <= equal(left, right)
+        for truncated in (False, True):
+            final = final_answer(left, truncated)
+            assert final is None or final == final.strip() != "" and final in left
+    compare()

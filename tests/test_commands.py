@@ -239,7 +239,7 @@ def no_space(size):
 
 def test_without_disk_space_training_says_so_and_leaves_no_half_file(tmp_path):
     result = command("train.py", "--cond", "ref", *SHORT, "--out", tmp_path / "out", before=no_space(100_000))
-    refused(result, "model.safetensors", "cannot be written")
+    refused(result, ".safetensors", "cannot be written")
     assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out/best/model.safetensors").exists()
 
 

@@ -1,0 +1,138 @@
+"""The one place that makes things faster without changing them: packed weights, a captured decode step, a fused loss.
+
+    device  without --compile                                   with --compile
+    cpu     decode: weights packed for oneDNN                   decode and loss: torch.compile, inductor's C++ (needs g++)
+    cuda    as it is                                            decode: a CUDA graph; loss: torch.compile, cudagraphs
+
+Every number stays the same to rounding. Shapes that vary from call to call are symbolic on a CPU, where compiling takes
+long and running does not care; on CUDA they are rounded up to a few sizes. Nothing is ever compiled with Triton.
+
+Simplified: torch's own "cudagraphs" backend takes no input as fixed, so it would copy all weights at every token and
+refuse a cache that is written in place. The decode step is therefore captured by hand, anew in each sampling call.
+"""
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd import UserError
+from sd.lora import LoRALinear
+from sd.model import Cache, Transformer
+
+SLOTS = 256             # cache slots that a captured step reads: the next multiple
+WORTH_PACKING = 16      # tokens: packing costs about what two decode steps cost
+
+Step = Callable[[Tensor, Tensor, int], Tensor]      # ids (B), positions (B), slots in use -> logits (B, V)
+
+
+def check_compile(device: torch.device) -> None:
+    """Raises UserError if --compile cannot work here."""
+    if device.type == "cpu" and not shutil.which("g++"):
+        raise UserError("--compile needs a C++ compiler on a CPU, and there is no g++; install one or leave it out")
+
+
+def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor, slots: int) -> Tensor:
+    """The decode step: a token (B) of each row, at its position (B) -> logits (B, V) of the next."""
+    return model.lm_head(model.hidden(ids.unsqueeze(-1), cache, positions, slots)[:, -1])
+
+
+def decoder(model: Transformer, cache: Cache, tokens: int, compile: bool) -> Step:
+    """`next_logits` of one sampling call of at most `tokens` tokens, as fast as this device allows."""
+    on_cuda = model.lm_head.weight.is_cuda
+    if compile and on_cuda:
+        return Captured(model, cache)
+    if compile:
+        step, fast = inductor(next_logits), model
+    else:
+        pack = not on_cuda and tokens >= WORTH_PACKING and torch.backends.mkldnn.is_available()
+        step, fast = next_logits, packed(model, cache.k[0].size(0)) if pack else model
+    return lambda ids, positions, slots: step(fast, ids, cache, positions, slots)
+
+
+class Packed(nn.Module):
+    """An nn.Linear whose weight lies as oneDNN reads it: a decode step with few rows is half as long."""
+
+    def __init__(self, linear: nn.Linear | LoRALinear, rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias, self.adapter = linear.bias, linear.adapter if isinstance(linear, LoRALinear) and linear.on else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+def packed(model: Transformer, rows: int) -> Transformer:
+    """A copy that shares everything with the model but the packed weights; stale after the next optimiser step."""
+    fast = deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in list(fast.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.Linear, LoRALinear)):
+                setattr(module, name, Packed(child, rows))
+    return fast
+
+
+class Captured:
+    """The decode step as CUDA graphs: one launch per token instead of hundreds.
+
+    A graph replays the same kernels on the same addresses, so it holds for one number of rows and of slots.
+    """
+
+    def __init__(self, model: Transformer, cache: Cache):
+        self.model, self.cache, self.rows, self.graphs = model, cache, 0, {}
+
+    def __call__(self, ids: Tensor, positions: Tensor, slots: int) -> Tensor:
+        slots = min(-(-slots // SLOTS) * SLOTS, self.cache.k[0].size(2))
+        if len(ids) != self.rows:               # finished rows were dropped: the cache lies elsewhere now
+            self.rows, self.graphs, self.ids, self.positions = len(ids), {}, ids.clone(), positions.clone()
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if slots not in self.graphs:
+            self.graphs[slots] = self.capture(slots)
+        graph, logits = self.graphs[slots]
+        graph.replay()
+        return logits
+
+    def capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Runs the step once before, as libraries set themselves up then; that it writes its slot twice does no harm."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            next_logits(self.model, self.ids, self.cache, self.positions, slots)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = next_logits(self.model, self.ids, self.cache, self.positions, slots)
+        return graph, logits
+
+
+@cache
+def inductor(function: Callable) -> Callable:
+    """torch.compile for a CPU, for all shapes at once."""
+    sys.modules.setdefault("triton", None)      # importing it fails from now on
+    return torch.compile(function, backend="inductor", fullgraph=True, dynamic=True)
+
+
+@cache
+def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor], device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A loss of m tokens with its passes over (m, V) made one: from m rows each to one number a row."""
+    if device == "cpu":
+        return inductor(loss)
+    sys.modules.setdefault("triton", None)
+    return padded(torch.compile(loss, backend="cudagraphs", fullgraph=True, dynamic=False))
+
+
+def padded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Rounds the number of rows up to a power of two, as each number is compiled for itself; pads carry no gradient."""
+    def rounded_up(*inputs: Tensor) -> Tensor:
+        rows = len(inputs[0])
+        extra = 2 ** math.ceil(math.log2(rows)) - rows
+        wide = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)) for x in inputs]
+        return loss(*wide)[:rows]
+    return rounded_up

@@ -1,0 +1,73 @@
+"""`trainer`: runs of train.py as processes of their own, without the seconds that importing PyTorch takes each."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sd.checkpoint import EMBEDDED
+
+ROOT = Path(__file__).parent.parent
+SERVER = """
+import ctypes, json, os, signal, sys, train, torch._dynamo      # once; each line is a run, forked
+for line in sys.stdin:
+    args, log, measured = json.loads(line)
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for option in (-1, -3) if measured else ():     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back
+            ctypes.CDLL(None).mallopt(option, 2 ** 16)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.argv = ["train.py", *args]
+        code = train.main()
+        sys.stdout.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    sys.stdin.readline()                # only now may the process id be given to another
+    _, status, used = os.wait4(pid, 0)
+    print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, flush=True)
+"""
+
+
+class Trainer:
+    """trainer(args, when, number) -> exit code and output; `when` tells from the output so far when to send a signal.
+
+    With `measured`, `peak` is then the most memory in use at once, in bytes. Without --data, a few embedded problems.
+    """
+
+    def __init__(self, base):
+        self.base = base
+        for split, count in (("train", 40), ("val", 8)):
+            lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            (base / f"{split}.jsonl").write_text("".join(lines[:count]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, env=environment,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, args, when=lambda text: False, number=signal.SIGKILL, measured=False):
+        (log := self.base / "log").write_text("")
+        if not {"--data", "--resume"} & set(args):
+            args = [*args, "--data", self.base / "train.jsonl", "--val", self.base / "val.jsonl"]
+        print(json.dumps([list(map(str, args)), str(log), measured]), file=self.server.stdin, flush=True)
+        pid = int(self.server.stdout.readline())
+        assert pid > 1
+        while Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z":
+            if when(log.read_text()):
+                os.kill(pid, number)
+                break
+            time.sleep(0.002)
+        print(file=self.server.stdin, flush=True)
+        code, self.peak = map(int, self.server.stdout.readline().split())
+        return code, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory):
+    trainer = Trainer(tmp_path_factory.mktemp("trainer"))
+    yield trainer
+    trainer.server.stdin.close()
+    trainer.server.wait(timeout=60)

@@ -1,0 +1,272 @@
+"""Folders that transformers wrote, and what a config may ask for that is refused by name."""
+import json
+import struct
+from dataclasses import asdict
+from shutil import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sd import UserError
+from sd.checkpoint import EMBEDDED, load, read_config, save_model
+from sd.model import RopeScaling
+from sd.sampling import sample
+
+from tests.test_model import QWEN3, tiny
+
+SIZES = dict(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+             num_key_value_heads=2, rms_norm_eps=1e-5)
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+PEERS = {       # class, entries beside SIZES, tokens of context
+    "Qwen3": ({"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 60),
+    "Qwen2": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 60),
+    "Llama": ({"head_dim": 12, "rope_parameters": {**LLAMA3, "rope_theta": 500.0}}, 150),
+}
+PROMPTS = [torch.randint(90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 1, 5)]
+LIMIT, SEED = 24, 11
+
+
+def peer(family, tied, dtype=torch.float32):
+    """A transformers model with every weight random, norms and biases too."""
+    transformers = pytest.importorskip("transformers")
+    entries, context = PEERS[family]
+    config = getattr(transformers, f"{family}Config")(**SIZES, **entries, max_position_embeddings=256, eos_token_id=None,
+                                                      tie_word_embeddings=tied, attn_implementation="eager")
+    model, source = getattr(transformers, f"{family}ForCausalLM")(config), torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.4, generator=source)
+    return model.to(dtype).eval(), context
+
+
+def save(model, folder, shard="5GB"):
+    model.save_pretrained(folder, max_shard_size=shard)
+    copy(EMBEDDED / "tokenizer.json", folder)
+    return folder
+
+
+def edit(folder, **entries):
+    """Changes entries of config.json; None removes one."""
+    raw = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", PEERS)
+def test_a_folder_of_transformers_gives_its_logits_and_its_greedy_tokens(tmp_path, family, tied):
+    other, context = peer(family, tied)
+    folder = save(other, tmp_path / "one")
+    model, _, config = load(folder)
+    ids = torch.randint(90, (2, context), generator=torch.Generator().manual_seed(1))
+    expected = other(ids).logits
+    torch.testing.assert_close(model(ids), expected, atol=2e-4, rtol=0)
+    if config.rope_scaling:         # the test's own premise: at this length it matters
+        plain, _, _ = load(edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+        assert (plain(ids) - expected).abs().amax() > 0.1
+
+    settings = dict(max_new_tokens=LIMIT, do_sample=False, pad_token_id=0)
+    alone = [other.generate(torch.tensor([p]), **settings)[0, len(p):].tolist() for p in PROMPTS]
+    eos = alone[1][6]                                               # so that one ends early
+    alone = [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in alone]
+    assert min(map(len, alone)) < LIMIT == max(map(len, alone)) and len(set(map(tuple, alone))) == 4   # its own premise
+
+    width = max(map(len, PROMPTS))                                  # padded on the left there, on the right here
+    padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    together = other.generate(padded, attention_mask=mask, eos_token_id=eos, **settings)[:, width:].tolist()
+    assert [row[:len(ids)] for row, ids in zip(together, alone)] == alone
+    assert sample(model, PROMPTS, eos, LIMIT, temperature=0).completions() == alone
+    assert [sample(model, [p], eos, LIMIT, temperature=0).completions()[0] for p in PROMPTS] == alone
+
+
+@pytest.mark.parametrize("family, tied", [("Qwen3", True), ("Qwen2", False), ("Llama", False)])
+def test_shards_give_the_same_weights_and_files_outside_the_index_are_ignored(tmp_path, family, tied):
+    other, _ = peer(family, tied)
+    whole, _, _ = load(save(other, tmp_path / "one"))
+    folder = save(other, tmp_path / "many", shard="12KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    save_file({"consolidated.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    model, _, _ = load(folder)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    (folder / "model-00002-of-{:05d}.safetensors".format(len(list(folder.glob("model-*"))))).unlink()
+    with pytest.raises(UserError, match="model-00002"):
+        load(folder)
+
+
+def test_bfloat16_weights_are_widened_without_loss_and_saved_under_their_type(tmp_path):
+    other, _ = peer("Qwen3", False, torch.bfloat16)
+    model, _, _ = load(save(other, tmp_path / "half"))
+    assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in other.state_dict().items())
+    for dtype in ("float32", "bfloat16"):
+        save_model(tmp_path / dtype, {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()}, tmp_path / "half")
+        written = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert written["dtype"] == dtype and "torch_dtype" not in written
+        tensors = load_file(tmp_path / dtype / "model.safetensors")
+        assert {str(t.dtype) for t in tensors.values()} == {f"torch.{dtype}"}
+
+
+# From here on without transformers: config.json by hand.
+OLD = {"model_type": "llama", **SIZES, "max_position_embeddings": 256, "rope_theta": 5e5, "torch_dtype": "float32",
+       "rope_scaling": LLAMA3, "hidden_act": "silu", "sliding_window": None, "tie_word_embeddings": False}
+NEW = {k: v for k, v in OLD.items() if k not in ("rope_theta", "torch_dtype", "rope_scaling")} | {
+    "rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "float32", "layer_types": ["full_attention"] * 2}
+
+
+def folder_of(tmp_path, config, text=None):
+    (folder := tmp_path / "folder").mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text or json.dumps(config))
+    return folder
+
+
+def test_both_spellings_of_a_config_say_the_same(tmp_path):
+    """Older files name the scaling's kind `type`; if both entries are there, `rope_scaling` counts, as in transformers."""
+    old, new = read_config(folder_of(tmp_path, OLD)), read_config(folder_of(tmp_path, NEW))
+    assert old == new and old.rope_scaling == RopeScaling(4, 1, 4, 32) and old.rope_theta == 5e5 and old.head_dim == 4
+    older = OLD | {"rope_scaling": {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}}
+    both = OLD | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert read_config(folder_of(tmp_path, older)) == read_config(folder_of(tmp_path, both)) == old
+
+
+REFUSED = {
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+    "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+    "linear, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+    "llama3 without a factor": ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor"),
+    "llama3, frequencies swapped": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 8.0}}, "low_freq_factor"),
+    "mixture of experts": ({"model_type": "qwen3_moe"}, "model_type"),
+    "quantised": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config"),
+    "attention bias": ({"attention_bias": True}, "attention_bias"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
+    "other activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "partial rotary, new spelling": ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "positions per kind of layer": ({"rope_scaling": {"full_attention": LLAMA3}}, "rope"),
+    "positions not an object": ({"rope_scaling": "llama3"}, "rope"),
+    "layer types not a list": ({"layer_types": 7}, "layer_types"),
+    "fewer key heads than fit": ({"num_key_value_heads": 4}, "num_key_value_heads"),
+    "odd head": ({"head_dim": 7}, "head_dim"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
+    """`partial_rotary_factor` within `rope_parameters`, where transformers 5 writes it, went unnoticed."""
+    change, fact = REFUSED[name]
+    read_config(folder_of(tmp_path, OLD))
+    with pytest.raises(UserError, match=fact) as refusal:
+        read_config(folder_of(tmp_path, OLD | change))
+    assert "config.json" in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2 ** 30, "head_dim": 64}, {"intermediate_size": 2 ** 31 - 1, "num_hidden_layers": 9},
+                                    {"vocab_size": 2 ** 31 - 1, "hidden_size": 6144}, {"num_hidden_layers": 10 ** 6},
+                                    {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
+def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monkeypatch):
+    monkeypatch.setattr("sd.checkpoint.Transformer", lambda config: pytest.fail("made a model"))
+    with pytest.raises(UserError, match="no real model"):
+        load(folder_of(tmp_path, OLD | change))
+
+
+def test_any_value_of_any_entry_is_understood_or_refused(tmp_path):
+    """A string for `rope_scaling` or a number for `layer_types` ended in a traceback."""
+    odd = [None, True, False, 0, -1, 2, 3.5, 1e400, float("nan"), 10 ** 30, "", "x", [], [1], [[]], {}, {"factor": [1]}]
+    more, understood = {name: None for name in ("head_dim", "attention_bias", "mlp_bias", "use_sliding_window")}, 0
+    for base in (OLD, NEW | {"model_type": "qwen3"}):
+        for name in base | more:
+            for value in odd:
+                try:
+                    read_config(folder_of(tmp_path, base | {name: value}))
+                    understood += 1
+                except UserError:
+                    pass
+    assert 50 < understood < 500
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "[" * 100_000, '{"model_type": ' + "[" * 100_000, "\0", "{}"])
+def test_a_config_that_is_none_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="config.json"):
+        read_config(folder_of(tmp_path, None, text or " "))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A whole folder with one file of weights, without transformers."""
+    (source := tmp_path / "source").mkdir()
+    copy(EMBEDDED / "tokenizer.json", source)
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen3", **asdict(QWEN3)}))
+    save_model(tmp_path / "folder", dict(tiny(QWEN3).named_parameters()), source)
+    return tmp_path / "folder"
+
+
+def test_all_files_of_a_folder_have_the_users_permissions(written):
+    """safetensors replaces the file with one that only its owner can read: a colleague could not open the model."""
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
+def index(folder, files):
+    (folder / "model.safetensors.index.json").write_text(files if isinstance(files, str) else json.dumps({"weight_map": files}))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "/tmp/x.safetensors", "..", "x.bin", "", 7, None,
+                                  "x\0.safetensors", "missing.safetensors"])
+def test_an_index_may_only_name_safetensors_files_of_its_folder(written, name):
+    copy(written / "model.safetensors", written.parent / "x.safetensors")       # it would load
+    index(written, {tensor: name for tensor in dict(tiny(QWEN3).named_parameters())})
+    with pytest.raises(UserError):
+        load(written)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
+def test_a_broken_index_is_refused(written, text):
+    index(written, text)
+    with pytest.raises(UserError):
+        load(written)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\0" * 8, struct.pack("<Q", 2 ** 62) + b"{}", struct.pack("<Q", 2 ** 63 + 5), struct.pack("<Q", 200) + b"{}",
+    struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 90_000) + b"[" * 90_000,
+    *(struct.pack("<Q", len(header)) + header for header in [
+        b'{"model.norm.weight":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % sizes
+        for sizes in ((2 ** 50, 2 ** 52), (24, 2 ** 52), (2 ** 63, 8), (24, 96))])])
+def test_a_file_of_weights_that_lies_about_its_size_is_refused(written, data):
+    """An absurd header length must not be believed and allocated."""
+    (written / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="model.safetensors"):
+        load(written)
+
+
+@pytest.mark.parametrize("change", ["lacks", "more", "shape"])
+def test_tensors_that_do_not_fit_the_config_are_named(written, change):
+    tensors = load_file(written / "model.safetensors")
+    if change == "lacks":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    else:
+        tensors["model.layers.1.mlp.up_proj.weight" if change == "shape" else "model.layers.2.mlp.up_proj.weight"] = \
+            torch.ones(4, 4)
+    save_file(tensors, written / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.[12]\.mlp\.up_proj\.weight"):
+        load(written)
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_tokenizer_that_reaches_beyond_the_vocabulary_is_refused(written, gap):
+    """With a gap in its ids a tokenizer has few tokens, but their numbers are too large for the embedding all the same."""
+    raw = json.loads((written / "tokenizer.json").read_text())
+    raw["model"]["vocab"] |= {"far": 1000} if gap else {f"more{i}": 1000 + i for i in range(30)}
+    (written / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load(written)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 100_000, "7"])
+def test_a_tokenizer_that_is_none_is_refused(written, text):
+    (written / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load(written)

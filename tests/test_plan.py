@@ -1,0 +1,113 @@
+"""The plan against the memory that runs on a CPU take, and for the paper's model from its config.json alone."""
+import json
+from dataclasses import asdict, replace
+from shutil import copy
+
+import pytest
+import torch
+
+from sd.checkpoint import EMBEDDED, read_config, save_model
+from sd.config import PRESETS, Config
+from sd.model import Transformer
+from sd.plan import PROMPT, needs, parameters, peak, plan
+from sd.tokenizer import Tokenizer
+
+GIB, NEW = 2 ** 30, 16
+QWEN3 = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
+         "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True, "attention_bias": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model of 8 million random weights in a deep, narrow shape: activations dominate and computing is short."""
+    base = tmp_path_factory.mktemp("plan")
+    (source := base / "source").mkdir()
+    copy(EMBEDDED / "tokenizer.json", source)
+    (source / "config.json").write_text(json.dumps(QWEN3 | {
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 24, "head_dim": 16, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 48000, "max_position_embeddings": 512, "tie_word_embeddings": False}))
+    torch.manual_seed(0)
+    model = Transformer(read_config(source))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
+    save_model(base / "model", dict(model.named_parameters()), source)
+    tokenizer = Tokenizer(source / "tokenizer.json")
+    problem = "1" * (PROMPT - len(tokenizer.student_prompt("")))
+    assert len(tokenizer.student_prompt(problem)) == PROMPT
+    line = json.dumps({"problem": problem, "answer": "1", "solution": "1" * NEW}) + "\n"
+    (base / "train.jsonl").write_text(line * 20)
+    (base / "val.jsonl").write_text(line * 2)
+    return base
+
+
+@pytest.mark.parametrize("name, more", [("full", {"steps": 2}),             # two: from the second on there are moments
+                                        ("lora", {"steps": 1, "lora_rank": 8}),
+                                        ("recomputed", {"steps": 1, "lora_rank": 8, "recompute": True})])
+def test_the_plan_is_what_a_run_takes(base, trainer, name, more):
+    config = Config(cond="ref", model=str(base / "model"), data=str(base / "train.jsonl"), val=str(base / "val.jsonl"),
+                    batch=8, micro_batch=8, max_new_tokens=NEW, eval_samples=1, out=str(base / name), **more)
+    args = []
+    for option, value in asdict(config).items():
+        if value != getattr(Config(), option):
+            args += [f"--{option.replace('_', '-')}"] + ([value] if value is not True else [])
+    assert trainer(args, measured=True)[0] == 0
+    parts = needs(config)
+    if name != "recomputed":        # the test's own premise
+        assert parts["phase: training, activations and logits"] > peak(parts) / 2
+    assert peak(parts) == pytest.approx(trainer.peak, rel=0.15), (trainer.peak / GIB, {k: v / GIB for k, v in parts.items()})
+
+
+@pytest.fixture
+def qwen3(tmp_path, monkeypatch):
+    """Options of a run of the paper on a GPU, which need not be here; only config.json is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    return Config(**PRESETS["paper"], cond="ref", model=str(tmp_path))
+
+
+def test_parameters_of_qwen3_1_7b_are_counted_without_its_weights(qwen3, tmp_path):
+    C, heads, keys, inner = 2048, 16 * 128, 8 * 128, 6144
+    projections = 28 * (2 * C * heads + 2 * C * keys + 3 * C * inner)
+    pairs = 28 * (2 * (C + heads) + 2 * (C + keys) + 3 * (C + inner))
+    total = 151936 * C + projections + 28 * (2 * C + 2 * 128) + C
+    assert parameters(read_config(tmp_path)) == (total, projections, pairs) and total == 1_720_574_976
+    parts = needs(qwen3)
+    assert parts["weights"] == 2 * total and parts["AdamW's moments"] == 2 * parts["gradients"] == 2 * 4 * 64 * pairs
+
+
+def test_the_papers_setting_in_24_gib(qwen3):
+    """At the old count the critic, the initial policy with a long prompt, was free of charge."""
+    assert "fits 24 GiB" in plan(qwen3, 24)
+    token = 2 * 28 * 8 * 128 * 2                                            # of the key/value cache, in bfloat16
+    assert needs(qwen3)["phase: sampling, key/value cache"] >= 32 * (PROMPT + 2048) * token
+    parts = needs(replace(qwen3, cond="critique"))
+    assert parts["phase: the critic's key/value cache"] >= 32 * (3 * 2048 + PROMPT) * token
+    assert "does not fit 24 GiB" in plan(replace(qwen3, lora_rank=0, dtype="float32"), 24)
+
+
+@pytest.mark.parametrize("more, part, factor", [
+    ({"sample_batch": 16}, "phase: sampling, key/value cache", 0.5), ({"batch": 16, "sample_batch": 64}, "weights", 1),
+    ({"micro_batch": 1}, "phase: the teacher's forward pass", 0.5), ({"lora_rank": 32}, "gradients", 0.5),
+    ({"lora_rank": 32}, "weights", 1), ({"teacher": "ema"}, "self-teacher", 1),
+    ({"sample_batch": 1, "micro_batch": 2}, "phase: training, activations and logits", 1)])
+def test_parts_follow_the_options(qwen3, more, part, factor):
+    """--micro-batch counted only up to --sample-batch, though rollouts are scored all the same."""
+    assert needs(replace(qwen3, **more))[part] == pytest.approx(factor * needs(qwen3)[part], rel=0.01)
+
+
+def test_parts_come_and_go_with_their_options(qwen3):
+    base = needs(qwen3)
+    assert "self-teacher" not in needs(replace(qwen3, teacher="live")) and "self-teacher" not in needs(replace(qwen3, cond="grpo"))
+    both = needs(replace(qwen3, cond="critique", teacher="ema"))            # the critic stays the initial policy
+    assert both["self-teacher"] == 2 * base["self-teacher"]
+    training = "phase: training, activations and logits"
+    assert needs(replace(qwen3, recompute=False))[training] > 5 * base[training]
+    assert needs(replace(qwen3, divergence="jsd"))[training] > base[training] > needs(replace(qwen3, cond="grpo"))[training]
+    assert "critic" not in base and needs(replace(qwen3, cond="critique", critic=qwen3.model))["critic"] == base["weights"]
+
+
+def test_two_devices_halve_what_each_samples(qwen3):
+    one, two = (needs(replace(qwen3, batch=256, sample_batch=512, eval_samples=1), ranks) for ranks in (1, 2))
+    name = "phase: sampling, key/value cache"
+    assert two[name] == pytest.approx(one[name] / 2, rel=0.05) and two["weights"] == one["weights"]

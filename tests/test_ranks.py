@@ -1,0 +1,141 @@
+"""Two processes under torchrun, and batches cut into parts, train the same weights on the same rollouts as one process."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from sd.checkpoint import EMBEDDED
+from sd.ranks import Ranks
+
+ROOT = Path(__file__).parent.parent
+CONDITIONS = ["grpo", "ref", "critique"]
+LR = 2e-5       # where a gradient is all but 0, AdamW makes a step of this size out of rounding
+WORKER = """
+import json, os, sys, train
+import torch.distributed as dist
+jobs, address = json.loads(sys.argv[1]), dict(os.environ)
+for args, expected, port in jobs:                   # torchrun's own store serves one process group: the last job's
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port} if port else address
+    sys.argv = ["train.py", *args]
+    code = train.main()
+    if not port or code != expected[int(os.environ["RANK"])]:
+        sys.exit(code or 99)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+"""
+
+
+def options(base, name, *more):
+    return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4, "--eval-samples", 1, "--lr", LR,
+                          "--data", base / "train.jsonl", "--val", base / "val.jsonl", "--out", base / name.replace(" ", "-"),
+                          *more]))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Runs of one process: each condition, and one in small parts."""
+    base, before = tmp_path_factory.mktemp("ranks"), sys.argv
+    for split, count in (("train", 24), ("val", 5)):            # 5: the two ranks have unequal shares
+        lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (base / f"{split}.jsonl").write_text("".join(lines[:count]))
+    for name in [*CONDITIONS, "critique parts"]:
+        sys.argv = ["train.py", *options(base, name, *(["--sample-batch", 3, "--micro-batch", 2] if "parts" in name else []))]
+        assert train.main() == 0
+    sys.argv = before
+    return base
+
+
+@pytest.fixture(scope="module")
+def two(base):
+    """One torchrun: an --out that exists, which only rank 0 sees, each condition, and a batch that is too small."""
+    jobs = [(options(base, "grpo"), (2, 1)), *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),
+            (options(base, "ref none", "--batch", 1), None)]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in jobs[1:]]
+    ports = [str(s.getsockname()[1]) for s in sockets] + [None]
+    for s in sockets:
+        s.close()
+    (base / "worker.py").write_text(WORKER)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", base / "worker.py",
+         json.dumps([(*job, port) for job, port in zip(jobs, ports)])],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)},
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+        process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
+    assert len((one / "rollouts.jsonl").read_text().splitlines()) == 12
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        mine.pop("seconds"), theirs.pop("seconds")
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    weights, others = load_file(one / "last/model.safetensors"), load_file(other / "last/model.safetensors")
+    initial = load_file(EMBEDDED / "model.safetensors")
+    assert max((w - initial[name]).abs().max() for name, w in weights.items()) > 2 * LR     # it has learned something
+    torch.testing.assert_close(weights, others, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cond", CONDITIONS)
+def test_two_processes_train_as_one(base, two, cond):
+    assert_same(base / f"{cond}-two", base / cond)
+
+
+def test_parts_of_a_batch_change_nothing(base):
+    assert_same(base / "critique-parts", base / "critique")
+
+
+def test_only_rank_0_prints(base, two):
+    lines = two.stdout.splitlines()
+    for cond in CONDITIONS:
+        assert len([line for line in lines if line.startswith(f"{cond}: 3 steps of 8")]) == 1
+        assert len([line for line in lines if line.endswith(f"python eval.py {base / cond}-two/best")]) == 1
+    assert len([line for line in lines if line.startswith("step    2/3  loss")]) == 3
+
+
+def test_errors_are_told_once_and_end_all_processes(base, two):
+    """All ranks said it, or the others, waiting for the one that knew, ended in tracebacks of their own."""
+    ours = two.stderr.split("torch/distributed/elastic")[0]
+    assert two.returncode != 0 and "Traceback" not in ours, two.stderr
+    sentences = [line for line in two.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(sentences) == 2, two.stderr
+    assert sentences[0].startswith(f"train.py: --out {base / 'grpo'} exists already")
+    assert sentences[1].startswith("train.py: --batch 1 must be between the number of processes (2)")
+
+
+def test_a_step_without_any_gradient_has_none_with_two_processes_either(monkeypatch):
+    """Zeros in its place made AdamW move on by its momentum; one process did nothing in such a step of grpo."""
+    ranks, elsewhere, parameters = Ranks(torch.device("cpu")), 0.0, [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(elsewhere))
+    ranks.world = 2
+    ranks.sum_gradients(parameters)
+    assert all(p.grad is None for p in parameters)
+    elsewhere, parameters[1].grad = 2.0, torch.ones(2)
+    ranks.sum_gradients(parameters)
+    assert [p.grad.tolist() for p in parameters] == [[2, 2], [3, 3], [2, 2]]
+
+
+@pytest.mark.parametrize("world, count", [(1, 7), (2, 7), (3, 7), (4, 3), (8, 64)])
+def test_shares_cover_everything_once_and_differ_by_one(monkeypatch, world, count):
+    shares = []
+    for rank in range(world):
+        ranks = Ranks(torch.device("cpu"))
+        ranks.rank, ranks.world = rank, world
+        shares.append(list(range(count))[ranks.share(count)])
+    assert sum(shares, []) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,234 @@
+"""Runs that are killed, stopped or damaged and go on: to the numbers of a run that never stopped, bit for bit."""
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from hashlib import sha256
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+from sd import UserError
+from sd.checkpoint import EMBEDDED, load
+from sd.conditions import Teacher
+from sd.config import read_config
+from sd.lora import add_lora
+from sd.ranks import Ranks
+from sd.runs import RunFolder, Signals, Stop
+
+STEPS = 6
+TINY = ["--batch", 4, "--eval-samples", 1, "--steps", STEPS, "--eval-every", 2, "--lr", 1e-3]
+PLAIN = ["--cond", "ref", *TINY]
+LORA = ["--cond", "critique", "--lora-rank", 4, "--lora-alpha", 8, "--teacher", "ema", *TINY]
+
+
+def contents(folder):
+    """All that must be the same, whatever happened on the way."""
+    out = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        out[path.relative_to(folder)] = {name: sha256(t.numpy().tobytes()).hexdigest() for name, t in load_file(path).items()}
+    for name in ("best", "last"):
+        with safe_open(folder / name / "model.safetensors", "pt") as file:
+            out[name] = file.metadata()
+    out["metrics"] = [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                      for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    out["rollouts"] = (folder / "rollouts.jsonl").read_text()
+    return out
+
+
+def assert_same(folder, whole):
+    one, other = contents(folder), contents(whole)
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key] == other[key], key
+    assert not [p for p in folder.rglob("*") if "tmp" in p.name]
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    """Two runs that were left alone, and how long one takes."""
+    base = tmp_path_factory.mktemp("whole")
+    assert trainer([*LORA, "--out", base / "lora"])[0] == 0
+    begin = time.time()
+    assert trainer([*PLAIN, "--out", base / "plain"])[0] == 0
+    return base, time.time() - begin
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_left_alone(trainer, whole, tmp_path):
+    """It could not be resumed before its first evaluation was over: the first state was written then."""
+    out, moments = tmp_path / "run", [random.uniform(0.05, 0.5) * whole[1] for _ in range(3)]
+    for moment in [*moments, 1e9]:
+        begun, args = time.time(), [*PLAIN, "--out", out]
+        if (out / "state-0.safetensors").exists() or (out / "best").exists():
+            args = ["--resume", out]
+        else:                                               # killed before it was a run
+            shutil.rmtree(out, ignore_errors=True)
+        code, text = trainer(args, lambda text: time.time() - begun > moment)
+        assert code == (-9 if moment < 1e9 and "done." not in text else 0), (moments, text)
+    assert_same(out, whole[0] / "plain")
+
+
+def test_terminated_and_interrupted_with_an_adapter_and_a_moving_average_it_goes_on_exactly(trainer, whole, tmp_path):
+    out = tmp_path / "run"
+    code, text = trainer([*LORA, "--out", out], lambda text: "step    1/" in text, signal.SIGTERM)
+    assert code == 143 and text.splitlines()[-1] == f"stopped after step 1; go on with: python train.py --resume {out}"
+    assert load(out / "last") and (out / "last/adapter/adapter_config.json").exists()
+    code, text = trainer(["--resume", out], lambda text: "step    3/" in text, signal.SIGINT)
+    assert code == 130 and f"stopped after step 3; go on with: python train.py --resume {out}" in text
+    assert f"to {out}, from step 1\n" in text and "Traceback" not in text
+    assert trainer(["--resume", out])[0] == 0
+    assert_same(out, whole[0] / "lora")
+
+
+def test_a_run_that_is_done_resumes_to_the_same(trainer, whole, tmp_path):
+    shutil.copytree(whole[0] / "plain", tmp_path / "run")
+    code, text = trainer(["--resume", tmp_path / "run"])
+    assert code == 0 and "done." in text and "validation" not in text.split("done.")[0]
+    assert_same(tmp_path / "run", whole[0] / "plain")
+
+
+def flip(path, at, bits=0x10):
+    data = bytearray(path.read_bytes())
+    data[at] ^= bits
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_a_damaged_state_gives_way_to_the_one_before(trainer, whole, tmp_path, how):
+    """And what was written after that one is written anew, with the leftovers of a killed process gone."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    newest = out / f"state-{STEPS}.safetensors"
+    flip(newest, newest.stat().st_size // 2) if how == "flipped" else os.truncate(newest, newest.stat().st_size // 2)
+    for left in (out / "state-5.safetensors.tmp", out / ".tmpaB3", out / "best" / ".tmpxyz"):
+        left.write_text("half")
+    code, text = trainer(["--resume", out])
+    assert code == 0 and f"{newest}: damaged (" in text and f"from step {STEPS - 2}\n" in text
+    assert_same(out, whole[0] / "plain")
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """train.py in this process: exit code and what it printed."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        try:
+            code = train.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out + err
+    return run
+
+
+@pytest.fixture
+def open_run():
+    """The run of a folder with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
+    student = load(EMBEDDED)[0]
+    add_lora(student, 4, 8, 1)                          # other numbers than the run's
+
+    def begin(folder):
+        run = RunFolder(read_config(folder / "config.json"), Ranks(torch.device("cpu")), folder)
+        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
+        return run, run.begin(student, optimizer, Teacher("ema", student, 0.9), STEPS)
+    return begin
+
+
+def test_no_flipped_bit_anywhere_goes_unnoticed(whole, tmp_path, capsys, open_run):
+    """The checksum was of the tensors alone: a step of 4 that reads 5, or another best score, was believed."""
+    out, rng = tmp_path / "run", random.Random(0)
+    shutil.copytree(whole[0] / "lora", out)
+    newest = out / f"state-{STEPS}.safetensors"
+    good, (run, step) = newest.read_bytes(), open_run(out)
+    state, facts, header = run._state(), (run.best, run.evaluated_at), 8 + int.from_bytes(good[:8], "little")
+    assert step == STEPS
+    numbers = [at for at in range(good.index(b"__metadata__"), good.index(b"sha256")) if good[at:at + 1].isdigit()]
+    for at in [0, 7, *rng.sample(range(8, header), 25), *numbers[:12], *rng.sample(range(header, len(good)), 5)]:
+        newest.write_bytes(good)
+        flip(newest, at, 1 if at in numbers else 1 << rng.randrange(8))
+        run, step = open_run(out)
+        told = "damaged" in capsys.readouterr().out
+        assert (step == STEPS - 2) == told and told >= (at in numbers), at
+        if not told:                                    # in what is not read, such as a space
+            assert step == STEPS and (run.best, run.evaluated_at) == facts
+            assert all(torch.equal(t, state[name]) for name, t in run._state().items())
+
+
+def test_the_last_two_states_are_kept(whole):
+    assert sorted(p.name for p in (whole[0] / "plain").glob("state-*")) == ["state-4.safetensors", "state-6.safetensors"]
+
+
+def test_without_a_whole_state_a_run_is_not_resumed(whole, tmp_path, here):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    for path in out.glob("state-*"):
+        flip(path, path.stat().st_size // 2)
+    metrics = (out / "metrics.jsonl").read_text()
+    code, text = here("--resume", out)
+    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: holds no whole state"), text
+    assert "Traceback" not in text and (out / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_state_of_another_model_is_refused(whole, tmp_path, here):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    config = json.loads((out / "config.json").read_text()) | {"lora_rank": 4}
+    (out / "config.json").write_text(json.dumps(config))
+    code, text = here("--resume", out)
+    assert code == 2 and "is not a state of --model" in text and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"], ["--recompute"]])
+def test_other_options_beside_resume_are_refused(whole, here, args):
+    code, text = here("--resume", whole[0] / "plain", *args)
+    assert code == 2 and "--resume goes on with the options of the run" in text
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {"lr": "1e-3"}, {"steps": 6.0}, {"cond": None}, "lacks", "[]", "{", ""])
+def test_a_run_of_another_version_is_refused(whole, tmp_path, here, change):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("clip") if change == "lacks" else None
+    text = json.dumps(config | change) if isinstance(change, dict) else json.dumps(config) if change == "lacks" else change
+    (out / "config.json").write_text(text)
+    code, text = here("--resume", out)
+    assert code == 2 and f"{out}/config.json: no run to resume" in text and text.count("\n") == 1
+    with pytest.raises(UserError):
+        read_config(tmp_path / "none")
+
+
+def test_a_log_shorter_than_the_state_says_is_not_filled_up(whole, tmp_path, open_run):
+    """After a power cut a log may have lost its end; cutting it to a larger size put zero bytes there."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "lora", out)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-2]))
+    (out / "rollouts.jsonl").write_text((out / "rollouts.jsonl").read_text() + '{"step": 7}\n')
+    open_run(out)
+    assert (out / "metrics.jsonl").read_text() == "".join(lines[:-2])
+    assert (out / "rollouts.jsonl").read_text() == (whole[0] / "lora/rollouts.jsonl").read_text()
+
+
+def test_a_signal_waits_for_a_shielded_block_and_the_second_one_does_not_interrupt_the_way_out():
+    signals, done = Signals(), []
+    try:
+        with pytest.raises(Stop) as stop:
+            with signals.shielded():
+                with signals.shielded():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    done.append("inner")
+                done.append("outer")
+            done.append("never")
+        assert done == ["inner", "outer"] and stop.value.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)             # neither here nor after the next block
+        with signals.shielded():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signals.restore()
