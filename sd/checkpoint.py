@@ -77,7 +77,7 @@ def read_config(folder: Path) -> ModelConfig:
             raise UserError(f"{path}: {name} must be a positive integer, not {str(raw.get(name))[:80]!r}")
     for name, allowed in UNUSED.items():
         if raw.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {name} {str(raw[name])[:80]} is not supported")
+            raise UserError(f"{path}: {name} {str(raw[name])[:80]!r} is not supported")
     layers = raw.get("layer_types") or []
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise UserError(f"{path}: layer_types other than full_attention are not supported")
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rope_scaling and rope_parameters must be one object for all layers")
     if rope.get("partial_rotary_factor") not in UNUSED["partial_rotary_factor"]:
-        raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]} is not supported")
+        raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]!r} is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if raw["model_type"] == "llama" else None))
     if not isinstance(theta, (int, float)) or not theta > 1:
         raise UserError(f"{path}: rope_theta must be a number above 1, not {theta!r}")
