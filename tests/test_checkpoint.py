@@ -103,7 +103,8 @@ def test_bfloat16_weights_are_widened_without_loss_and_saved_under_their_type(tm
     model, _, _ = load(save(other, tmp_path / "half"))
     assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in other.state_dict().items())
     for dtype in ("float32", "bfloat16"):
-        save_model(tmp_path / dtype, {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()}, tmp_path / "half")
+        weights = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
+        save_model(tmp_path / dtype, weights, tmp_path / "half")
         written = json.loads((tmp_path / dtype / "config.json").read_text())
         assert written["dtype"] == dtype and "torch_dtype" not in written
         tensors = load_file(tmp_path / dtype / "model.safetensors")
@@ -164,7 +165,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     assert "config.json" in str(refusal.value) and len(str(refusal.value)) < 400
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 2 ** 30, "head_dim": 64}, {"intermediate_size": 2 ** 31 - 1, "num_hidden_layers": 9},
+@pytest.mark.parametrize("change", [{"hidden_size": 2 ** 30, "head_dim": 64},
+                                    {"intermediate_size": 2 ** 31 - 1, "num_hidden_layers": 9},
                                     {"vocab_size": 2 ** 31 - 1, "hidden_size": 6144}, {"num_hidden_layers": 10 ** 6},
                                     {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
 def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monkeypatch):
@@ -210,7 +212,8 @@ def test_all_files_of_a_folder_have_the_users_permissions(written):
 
 
 def index(folder, files):
-    (folder / "model.safetensors.index.json").write_text(files if isinstance(files, str) else json.dumps({"weight_map": files}))
+    text = files if isinstance(files, str) else json.dumps({"weight_map": files})
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "/tmp/x.safetensors", "..", "x.bin", "", 7, None,

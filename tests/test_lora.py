@@ -16,7 +16,7 @@ TOLD = Feedback(teacher_prompts=[[5, 1, 6, 6, 7], [5, 3, 9]])
 
 def adapted(config=QWEN3, dtype=torch.float32, trained=False):
     """A model of random weights with adapters; `trained`: B is no longer 0."""
-    model = tiny(config).to(dtype)
+    model = tiny(config).to(dtype).requires_grad_()
     add_lora(model, RANK, ALPHA, seed=0)
     if trained:
         source = torch.Generator().manual_seed(4)

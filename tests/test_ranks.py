@@ -33,9 +33,9 @@ for args, expected, port in jobs:                   # torchrun's own store serve
 
 
 def options(base, name, *more):
-    return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4, "--eval-samples", 1, "--lr", LR,
-                          "--data", base / "train.jsonl", "--val", base / "val.jsonl", "--out", base / name.replace(" ", "-"),
-                          *more]))
+    return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4, "--eval-samples", 1,
+                          "--lr", LR, "--max-new-tokens", 80 if "grpo" in name else 24, "--data", base / "train.jsonl",
+                          "--val", base / "val.jsonl", "--out", base / name.replace(" ", "-"), *more]))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def base(tmp_path_factory):
         lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
         (base / f"{split}.jsonl").write_text("".join(lines[:count]))
     for name in [*CONDITIONS, "critique parts"]:
-        sys.argv = ["train.py", *options(base, name, *(["--sample-batch", 3, "--micro-batch", 2] if "parts" in name else []))]
+        more = ["--sample-batch", 3, "--micro-batch", 2] if "parts" in name else []
+        sys.argv = ["train.py", *options(base, name, *more)]
         assert train.main() == 0
     sys.argv = before
     return base
