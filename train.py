@@ -65,7 +65,7 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer)
         policy = teacher.model if config.teacher == "base" else frozen_copy(student)
     else:
         policy, tokenizer, _ = load(config.critic, config.torch_dtype, config.torch_device)
-    return LocalCritic(policy, tokenizer, config.critic_tokens, config.sample_batch)
+    return LocalCritic(policy, tokenizer, config.critic_tokens, config.critic_batch)
 
 
 def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> None:
@@ -85,6 +85,8 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
     if steps == 0 or config.batch < ranks.world:
         raise UserError(f"--batch {config.batch} must be between the number of processes ({ranks.world}) and the problems of "
                         f"all epochs ({len(order)})")
+    if len(validation) < ranks.world:
+        raise UserError(f"--val holds {len(validation)} problems, fewer than the {ranks.world} processes; start fewer")
     begin, group = run.begin(student, optimizer, teacher, steps), config.rollouts_per_problem
 
     for step in range(begin, steps + 1):
@@ -118,7 +120,6 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         malformed = [c.malformed for c in told.critiques or []]
 
         # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's policy gradient
-        optimizer.zero_grad()
         prompts = [prompt for prompt in prompts for _ in range(group)]
         tokens = ranks.total(sum(len(c) for i, c in enumerate(completions) if not (malformed and malformed[i])))
         loss = ranks.total(accumulate(student, teacher, prompts, completions, told, config, tokens))
@@ -138,6 +139,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
         with signals.shielded():
             optimizer.step()
+            optimizer.zero_grad()               # now, so that the gradients do not lie there while the next step samples
             teacher.update(student)
             run.stepped(step + 1, {
                 "loss": loss, "reward": mean("reward"), "length": mean("tokens"), "truncated": mean("cut"),

@@ -183,7 +183,8 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor], source: Path, **f
     """
     source = Path(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    types = {str(p.dtype).removeprefix("torch.") for p in weights.values()}
+    config["dtype" if "dtype" in config else "torch_dtype"] = "float32" if "float32" in types else types.pop()
     write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     for name in ("tokenizer.json", *COMPANIONS):
         if (source / name).exists() and not (folder / name).exists():

@@ -68,6 +68,11 @@ class Config:
         return self.group if self.cond == "grpo" else 1
 
     @property
+    def critic_batch(self) -> int:
+        """Critiques written at once: with the trace that it reads and its thoughts, one is some four rollouts long."""
+        return max(1, self.sample_batch // 4)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -97,7 +102,6 @@ class Config:
             raise UserError("--data and --val go together: problems to train on, and others that choose the best checkpoint")
         if self.compile:
             check_compile(self.torch_device)
-        self.torch_device
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,6 +146,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     else:
         config = Config(**values)
     config.check()
+    if args.plan is None:
+        config.torch_device             # raises UserError if it is not there; a plan may be for another machine
     return config, args
 
 

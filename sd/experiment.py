@@ -107,12 +107,11 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
     python, result = sys.executable, folder / "test.json"
     if result.exists():
         return
-    if not (folder / "last" / "model.safetensors").exists():
-        if any(folder.glob("state-*.safetensors")):
-            started([python, "train.py", "--resume", str(folder)], threads)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)       # killed before its first evaluation
-            started([python, "train.py", *options, "--seed", str(seed), "--out", str(folder), *extra], threads)
+    if any(folder.glob("state-*.safetensors")):
+        started([python, "train.py", "--resume", str(folder)], threads)      # nothing, if it had come to its end
+    else:
+        shutil.rmtree(folder, ignore_errors=True)           # killed before it had begun
+        started([python, "train.py", *options, "--seed", str(seed), "--out", str(folder), *extra], threads)
     model = options[options.index("--model") + 1] if "--model" in options else None
     test = ["--test", f"{model}/test.jsonl"] if model else []
     if kept := sorted(folder.glob("step-*")):
@@ -153,7 +152,7 @@ def summary(out: Path, names: list[str], seeds: int) -> dict:
 
 def table(result: dict) -> str:
     """The summary in Markdown."""
-    spread = lambda values: f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
+    spread = lambda values: f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
     columns = ["avg@12", "maj@12", "pass@12"]
     lines = ["| | Avg@12 | Maj@12 | Pass@12 | length | rollouts | seconds |", "|---|---|---|---|---|---|---|"]
     for name, arm in result["arms"].items():

@@ -40,7 +40,8 @@ class LoRALinear(nn.Module):
         return self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def merged(self) -> Tensor:
-        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        """W + alpha/r B A in float32: in bfloat16 most weights would round back to what they were."""
+        return self.weight.float() + self.scale * self.lora_B @ self.lora_A
 
 
 def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:

@@ -96,8 +96,9 @@ class Cache:
 
     def rows(self, index: Tensor) -> None:
         """Keeps (or repeats) rows: one prefill serves a whole group, and finished rows stop costing."""
-        self.k = [k.index_select(0, index) for k in self.k]
-        self.v = [v.index_select(0, index) for v in self.v]
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):       # one layer after another: never two caches at a time
+                tensors[layer] = old.index_select(0, index)
 
 
 class Attention(nn.Module):

@@ -51,7 +51,7 @@ def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute
 def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, packed: int) -> float:
     """Bytes for `rows` rollouts: the key/value cache and, at one time each, the prompts' forward pass or decoding."""
     cache = 2 * rows * (prompt + new) * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    copied = cache / 2                                      # all keys are copied before the old ones go
+    copied = cache / (2 * shape.num_hidden_layers)          # when finished rows are dropped, one layer at a time
     draw = rows * shape.vocab_size * (size + 4 + 4 + 8)     # logits, log-probabilities, theirs and their sum in float64
     return cache + max(copied, forward(shape, rows * prompt, size), packed + draw)
 
@@ -64,11 +64,12 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     """Bytes per device, by part; the parts that are named "phase: …" exclude one another."""
     shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
     total, adapted, per_rank = parameters(shape)
-    cpu, size, V, C = config.torch_device.type == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
+    device = config.device.split(":")[0] or config.torch_device.type         # --device cuda: also where there is none
+    cpu, size, V, C = device == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
     trained = config.lora_rank * per_rank if config.lora_rank else total
     critique, distilled = config.cond == "critique", config.cond != "grpo"
     copies = (distilled and config.teacher != "live") + (critique and config.critic == "self" and config.teacher != "base")
-    out = {"weights": total * size, "runtime": RUNTIME[config.torch_device.type]}
+    out = {"weights": total * size, "runtime": RUNTIME[device]}
     if config.lora_rank:
         out["adapter"] = trained * 4
     if copies:
@@ -87,7 +88,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, packed)
     if critique and (own or config.critic == "self"):
         read = min(SCRIBE + PROMPT + 2 * new, max(1, judge.max_position_embeddings - config.critic_tokens))
-        out["phase: the critic's key/value cache"] = sampling(judge, min(config.sample_batch, rollouts), read,
+        out["phase: the critic's key/value cache"] = sampling(judge, min(config.critic_batch, rollouts), read,
                                                               config.critic_tokens, size, packed)
     rows = min(config.micro_batch, rollouts)
     kept, passing = activations(shape, rows * (PROMPT + new), size, config.lora_rank, config.recompute)
@@ -97,7 +98,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     out["phase: training, activations and logits"] = kept + max(logits, passing) + 4 * rows * new * C * size
     if distilled:
         out["phase: the teacher's forward pass"] = forward(shape, rows * (PROMPT + 2 * new), size)
-    merged, state = adapted * size if config.lora_rank else 0, trained * 12 + (trained * 4 if config.teacher == "ema" else 0)
+    merged, state = adapted * 4 if config.lora_rank else 0, trained * 12 + (trained * 4 if config.teacher == "ema" else 0)
     step = trained * 4 * ((ranks > 1) + (not cpu))          # the sum over ranks; AdamW works on all parameters at once
     out["phase: step and checkpoint"] = max(step, merged, state if cpu else 0)
     return out

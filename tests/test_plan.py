@@ -98,7 +98,7 @@ def test_the_papers_setting_in_24_gib(qwen3):
     token = 2 * 28 * 8 * 128 * 2                                            # of the key/value cache, in bfloat16
     assert needs(qwen3)["phase: sampling, key/value cache"] >= 32 * (PROMPT + 2048) * token
     parts = needs(replace(qwen3, cond="critique"))
-    assert parts["phase: the critic's key/value cache"] >= 32 * (3 * 2048 + PROMPT) * token
+    assert parts["phase: the critic's key/value cache"] >= 8 * (3 * 2048 + PROMPT) * token
     assert "does not fit 24 GiB" in plan(replace(qwen3, lora_rank=0, dtype="float32"), 24)
 
 
