@@ -19,7 +19,7 @@ from sd.problems import embedded, read_problems
 PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of the critic's rules and example
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size at once
 GIB = 2 ** 30
-RUNTIME = {"cpu": 0.33 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
+RUNTIME = {"cpu": 0.31 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
 
 
 def parameters(shape: ModelConfig) -> tuple[int, int, int]:

@@ -118,9 +118,9 @@ def test_the_seed_determines_a_run(runs):
 
 
 @pytest.mark.parametrize("context", [None, "ref", "critique"])
-def test_eval_prints_and_writes_the_metrics(runs, tmp_path, context):
+def test_eval_prints_and_writes_the_metrics(runs, tmp_path, context, here):
     file, folder = tmp_path / "numbers.json", runs["ref"][0] / "last"
-    result = command("eval.py", folder, "--split", "val", "--samples", 1, "--json", file,
+    result = here("eval.py", folder, "--split", "val", "--samples", 1, "--json", file,
                      *(["--context", context] if context else []))
     assert result.returncode == 0, result.stderr
     numbers = json.loads(file.read_text())
@@ -251,10 +251,10 @@ def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("cond", ["ref", "grpo"])
-def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond):
+def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
     """Under grpo all rewards are 0, so the loss is 0 and finite: the run went on to its end as if nothing was wrong."""
     folder = broken(tmp_path, "nan")
-    result = command("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
+    result = here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert re.match(r"train\.py: step 1: ", result.stderr) and result.stderr.count("\n") == 1
 
@@ -263,8 +263,8 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
     refused(here("train.py", "--cond", "ref", "--batch", "5000", "--out", tmp_path / "run"), "--batch 5000")
 
 
-def test_a_diverging_run_names_the_step(tmp_path):
-    result = command("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4, "--lr", "1e30",
+def test_a_diverging_run_names_the_step(tmp_path, here):
+    result = here("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4, "--lr", "1e30",
                      "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     step = int(re.match(r"train\.py: step (\d): ", result.stderr)[1])

@@ -14,8 +14,8 @@ from sd.steps import parse, render, token_span
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("sd/*.py"), ROOT / "train.py", ROOT / "eval.py"])
-FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "importlib", "runpy", "code", "yaml"}
-CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module"}
+FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "runpy", "code", "yaml"}
+CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module", "import_module"}
 NETWORK, PROCESSES = {"scribe.py"}, {"experiment.py", "bench.py"}
 
 

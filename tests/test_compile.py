@@ -1,0 +1,209 @@
+"""Packed, compiled and captured: the same numbers as the plain form, one compilation for all lengths, no wait per token."""
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sd.compile
+import sd.sampling
+from sd import UserError, losses
+from sd.compile import Captured, check_compile, fused, next_logits, packed, padded
+from sd.lora import add_lora, switch
+from sd.model import Cache, ModelConfig, Transformer
+from sd.sampling import CHECK_EVERY, draw, sample, uniforms
+
+CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64,
+                     qk_norm=True, qkv_bias=True)
+EOS, LIMIT = (3, 5), 24
+PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator().manual_seed(n))] for n in (2, 9, 1, 5, 12)]
+LOSSES = ["grpo", *losses.DIVERGENCES]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny(CONFIG)
+
+
+def tiny(config):
+    model, source = Transformer(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5, generator=source)
+    return model.requires_grad_(False)
+
+
+def sampled(model, prompts, tokens, compile=False, plain=False):
+    """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if plain:
+            patch.setattr(sd.sampling, "decoder", lambda model, cache, tokens, compile: lambda ids, positions, slots:
+                          next_logits(model, ids, cache, positions, slots))
+        return sample(model, prompts, EOS, tokens, 1.3, 2, uniforms(2 * len(prompts), tokens, 1), compile)
+
+
+def assert_same(one, other):
+    assert one.completions() == other.completions()
+    torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_sample_the_same_rollouts(tied):
+    model = tiny(replace(CONFIG, tie_word_embeddings=tied))
+    plain = sampled(model, PROMPTS, LIMIT, plain=True)
+    assert plain.lengths.min() <= CHECK_EVERY < plain.lengths.max()         # so rows are dropped on the way
+    assert_same(sampled(model, PROMPTS, LIMIT), plain)
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
+    model = tiny(CONFIG).to(dtype)
+    add_lora(model, 4, 8.0, 0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    switch(model, on)
+    ids, logits = torch.arange(5), []
+    with torch.no_grad():
+        for form in (model, packed(model, 5)):
+            logits.append(next_logits(form, ids, Cache(CONFIG, 5, 4, model.lm_head.weight), torch.zeros_like(ids), 1))
+    torch.testing.assert_close(*logits, atol=1e-5 if dtype == torch.float32 else 0.5, rtol=0.02)
+    assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()} for p in packed(model, 5).parameters())
+
+
+@needs_compiler
+def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches():
+    model = tiny(replace(CONFIG, num_hidden_layers=1))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompts, tokens in ((PROMPTS, LIMIT), (PROMPTS[:2], 7), (PROMPTS[1:], 40)):
+            assert_same(sampled(model, prompts, tokens, compile=True), sampled(model, prompts, tokens, plain=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["grpo", "jsd"])
+def test_a_compiled_loss_has_the_same_values_and_gradients_and_compiles_once(name):
+    torch._dynamo.reset()
+    plain = losses.of_logits(name, 0.3, 1.2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (6, 3, 11):
+            compare(fused(plain, "cpu"), plain, name, rows)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_are_rounded_up_to_a_power_of_two_and_pads_change_nothing(name):
+    seen, plain = [], losses.of_logits(name, 0.3, 1.2)
+    for rows in (1, 3, 4, 11):
+        compare(padded(lambda *inputs: (seen.append([len(x) for x in inputs]), plain(*inputs))[1]), plain, name, rows)
+    assert seen == [[n] * 3 for n in (1, 4, 4, 16)]
+
+
+def compare(one, other, name, rows):
+    draws = torch.Generator().manual_seed(rows)
+    logits, teacher = torch.randn(2, rows, 9, generator=draws) * 3
+    teacher, ids = teacher[:, 0] if name == "grpo" else teacher, torch.randint(9, (rows,), generator=draws)
+    results = []
+    for loss in (one, other):
+        value = loss(student := logits.clone().requires_grad_(), teacher, ids)
+        results.append([value.detach(), *torch.autograd.grad((value * torch.arange(1, rows + 1)).sum(), student)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+class Replayed(Captured):
+    """What a CUDA graph does, on a CPU: the same operations on the same buffers, for one number of rows and of slots."""
+    made = []
+
+    def capture(self, slots):
+        run = lambda: next_logits(self.model, self.ids, self.cache, self.positions, slots)
+        logits, where = run(), self.cache.k[0].data_ptr()
+
+        class Graph:
+            def replay(graph):
+                assert self.cache.k[0].data_ptr() == where, "replayed on a cache that is gone"
+                logits.copy_(run())
+        self.made.append((len(self.ids), slots))
+        return Graph(), logits
+
+
+def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, monkeypatch):
+    plain = sampled(model, PROMPTS, LIMIT, plain=True)
+    monkeypatch.setattr(sd.compile, "SLOTS", 16)
+    monkeypatch.setattr(sd.sampling, "decoder", lambda model, cache, tokens, compile: Replayed(model, cache))
+    Replayed.made.clear()
+    assert_same(sample(model, PROMPTS, EOS, LIMIT, 1.3, 2, uniforms(10, LIMIT, 1)), plain)
+    rows, slots = zip(*Replayed.made)
+    assert rows[0] == 10 > rows[-1] and set(slots) == {16, 32, 36}          # 36: the whole cache
+    assert len(Replayed.made) == len(set(Replayed.made)) < LIMIT / 3
+
+
+class OnDevice(TorchDispatchMode):
+    """Tensors without data stand for a device: what copies from or to it, or waits for it, fails. Shapes are numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert all(t.device.type == "meta" and all(type(n) is int for n in t.shape) for t in tensors), func
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        self.calls += 1
+        return out
+
+
+def test_decode_step_draw_and_losses_stay_on_the_device_and_never_wait_for_it():
+    with torch.device("meta"):
+        model = Transformer(CONFIG).bfloat16().requires_grad_(False)
+        cache = Cache(CONFIG, 4, 32, model.lm_head.weight)
+        ids, uniform = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.float64)
+        mode = OnDevice()
+        mode.calls = 0
+        with mode:
+            logits = next_logits(model, ids, cache, ids, 32)
+            assert draw(logits, 1.1, uniform)[0].shape == (4,)
+            for name in LOSSES:
+                student = logits.detach().requires_grad_()
+                other = logits.detach()[:, 0] if name == "grpo" else logits.detach()
+                losses.of_logits(name, 0.3, 1.1)(student, other, ids).sum().backward()
+        assert mode.calls > 100
+
+
+def test_sampling_waits_for_the_device_once_in_a_while_and_not_per_token(model):
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+    counts = []
+    for tokens in (CHECK_EVERY, 5 * CHECK_EVERY):
+        with Waits() as waits:
+            sample(model, PROMPTS, -1, tokens, 1.3, 2, uniforms(10, tokens, 1))
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == 4
+
+
+@needs_compiler
+def test_triton_is_never_imported(tmp_path):
+    """Inductor imports it where it is installed, for a CPU too."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    code = ("import sys, torch; from sd.compile import fused; x = torch.zeros(2, 5, requires_grad=True); "
+            "fused(lambda x, y, z: x + y, 'cpu')(x, x.detach(), x).sum().backward(); "
+            "sys.exit(sys.modules.get('triton') is not None)")
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{tmp_path}:."},
+                            cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert result.returncode == 0 and not (tmp_path / "imported").exists(), result.stderr
+
+
+def test_without_a_compiler_one_sentence_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    check_compile(torch.device("cuda"))
+    with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler on a CPU, and there is no g\+\+"):
+        check_compile(torch.device("cpu"))
