@@ -23,7 +23,7 @@ from sd.config import Config, parse_config
 from sd.critic import Critic, SymbolicCritic
 from sd.lora import add_lora
 from sd.metrics import evaluate
-from sd.plan import plan
+from sd.plan import out_of_memory, plan
 from sd.problems import Problem, embedded, read_problems
 from sd.ranks import Lost, Ranks
 from sd.runs import RunFolder, Signals, Stop
@@ -175,7 +175,14 @@ def guarded(signals: Signals) -> int:
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
     except Lost as error:
-        status, message = 1, f"train.py: {error}" if ranks.rank == 0 else ""
+        status, message = 1, f"train.py: {error}; go on with: python train.py --resume {run.path}" if run else str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        status = 1
+        message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error).splitlines()[0][:200]}). "
+                   f"--plan says:\n{plan(config)}\n" + (f"then go on with: python train.py --resume {run.path} --micro-batch "
+                   f"{max(1, config.micro_batch // 2)}" if run else ""))
     except Stop as stop:
         status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
         if run and run.student is not None:

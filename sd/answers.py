@@ -74,7 +74,7 @@ def final_answer(trace: str, truncated: bool) -> str | None:
     if answer is not None:
         found = "" if truncated and not answer.closed else boxed(answer.text, False) or answer.text
     else:
-        lines = [line for line, newline in HASHES.findall(trace) if newline or not truncated]
+        lines = [line for line, newline in HASHES.findall(trace if "####" in trace else "") if newline or not truncated]
         found = boxed(trace, truncated) or (lines[-1] if lines else "")
     wrapped = WRAPPED.fullmatch(found.strip())
     return (wrapped[wrapped.lastindex] if wrapped else found).strip() or None

@@ -2,7 +2,7 @@
 import argparse
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,9 @@ from sd import UserError
 from sd.compile import check_compile
 from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
+
+
+MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}     # change no result but by rounding
 
 
 def option(default, help: str, choices=None):
@@ -50,7 +53,7 @@ class Config:
     clip: float = option(1.0, "largest gradient norm")
     lora_rank: int = option(0, "rank of the LoRA adapter (0: train all weights)")
     lora_alpha: float = option(128.0, "the adapter is scaled by alpha / rank")
-    # memory and speed; they change no result but by rounding
+    # memory and speed; but for dtype they are MACHINE
     device: str = option("", "cpu or cuda (default: cuda if there is one)")
     dtype: str = option("float32", "of the weights; bfloat16 needs an adapter, which stays in float32",
                         ("float32", "bfloat16"))
@@ -122,7 +125,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     """The command line -> Config, and what is no part of it (resume, plan); argparse exits with status 2 on its errors."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults from the paper's list; other options still count")
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count, but those of memory and speed "
+                        "may be given anew")
     parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0,
                         help="print the memory that this would need and whether it fits GIB (default 24); train nothing")
     for f in fields(Config):
@@ -138,9 +142,12 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
         args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(Config)}
     if args.resume:
-        if any(values[f.name] != f.default for f in fields(Config)):
-            parser.error("--resume goes on with the options of the run; give no others")
-        config = read_config(args.resume / "config.json")
+        parser.set_defaults(**dict.fromkeys(values))            # what is not None now was given
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in values and value is not None}
+        if args.preset or not given.keys() <= MACHINE:
+            parser.error("--resume goes on with the options of the run; beside it only those may change that say how it is "
+                         "computed: " + ", ".join("--" + name.replace("_", "-") for name in sorted(MACHINE)))
+        config = replace(read_config(args.resume / "config.json"), **given)
     elif not args.cond:
         parser.error("the following arguments are required: --cond")
     else:

@@ -110,15 +110,21 @@ def peak(parts: dict[str, float]) -> float:
     return sum(parts.values()) - sum(phases) + max(phases)
 
 
-def plan(config: Config, gib: float) -> str:
-    """A table for people. Raises UserError if the model's config.json cannot be read."""
+def plan(config: Config, gib: float = 0) -> str:
+    """A table for people; 0: without a word on whether it fits. Raises UserError if the model's config.json cannot be read."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = needs(config, ranks)
     lines = [f"per device, with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
     lines += [f"  {name:44s} {size / GIB:8.2f} GiB" for name, size in parts.items()]
-    fits = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
-    lines += [f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB: {fits} {gib:g} GiB with a tenth "
-              "to spare"]
-    if fits != "fits":
+    verdict = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
+    lines.append(f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB" +
+                 (f": {verdict} {gib:g} GiB with a tenth to spare" if gib else ""))
+    if verdict != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
     return "\n".join(lines)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """PyTorch has a type of its own for CUDA alone; on a CPU its allocator and oneDNN say it in words."""
+    words = ("can't allocate memory", "could not create a memory", "could not create a primitive")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)

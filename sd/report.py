@@ -16,11 +16,11 @@ from pathlib import Path
 
 from sd import UserError
 from sd.checkpoint import write_atomic
-from sd.config import Config
+from sd.config import MACHINE, Config
 
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
 SAMPLE = {"problem": str, "trace": str, "reward": float, "cut": bool, "critique": str, "case": str, "malformed": str}
-NO_CONDITION = {"cond", "seed", "out", "keep", "device", "micro_batch", "sample_batch", "recompute"}    # change no result
+NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE            # change no result
 TEMPLATE = Path(__file__).parent / "assets/report.html"
 
 

@@ -98,8 +98,9 @@ class RunFolder:
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if self.resume:
             self._load_state()
-        elif self.writes:
+        if self.writes:                     # when resumed too: its options of memory and speed may be new
             write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
+        if not self.resume:
             self._save_state()              # the first evaluation may take long, and the run may end in it
         self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                   f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
@@ -135,6 +136,8 @@ class RunFolder:
     def close(self) -> None:
         """Whatever ends the run: the state, last/ and the report are written, if it had begun."""
         if self.student is not None:
+            for p in self.trained.values():
+                p.grad = None               # of a step that was not made; should memory be short, it is needed now
             self._save_state()
             self._checkpoint("last", step=self.done)
             if self.writes and self.evaluated_at >= 0:

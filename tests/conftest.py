@@ -1,4 +1,4 @@
-"""`trainer`: runs of train.py as processes of their own, without the seconds that importing PyTorch takes each."""
+"""`trainer`: runs of train.py as processes of their own, without the seconds that importing PyTorch takes each; `here`: in this one."""
 import json
 import os
 import signal
@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
+import train
 from sd.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 SERVER = """
-import ctypes, json, os, signal, sys, train, torch._dynamo      # once; each line is a run, forked
+import ctypes, json, os, resource, signal, sys, train, torch._dynamo      # once; each line is a run, forked
 for line in sys.stdin:
-    args, log, measured = json.loads(line)
+    args, log, measured, room = json.loads(line)
     if (pid := os.fork()) == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for option in (-1, -3) if measured else ():     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back
             ctypes.CDLL(None).mallopt(option, 2 ** 16)
+        if room:                            # bytes of address space beside what is taken already
+            taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + room, taken + room))
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
         sys.argv = ["train.py", *args]
@@ -36,6 +40,7 @@ for line in sys.stdin:
 class Trainer:
     """trainer(args, when, number) -> exit code and output; `when` tells from the output so far when to send a signal.
 
+    `room` limits its memory, in bytes.
     With `measured`, `peak` is then the most memory in use at once, in bytes. Without --data, a few embedded problems.
     """
 
@@ -48,11 +53,11 @@ class Trainer:
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, env=environment,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, args, when=lambda text: False, number=signal.SIGKILL, measured=False):
+    def __call__(self, args, when=lambda text: False, number=signal.SIGKILL, measured=False, room=0):
         (log := self.base / "log").write_text("")
         if not {"--data", "--resume"} & set(args):
             args = [*args, "--data", self.base / "train.jsonl", "--val", self.base / "val.jsonl"]
-        print(json.dumps([list(map(str, args)), str(log), measured]), file=self.server.stdin, flush=True)
+        print(json.dumps([list(map(str, args)), str(log), measured, room]), file=self.server.stdin, flush=True)
         pid = int(self.server.stdout.readline())
         assert pid > 1
         while Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z":
@@ -71,3 +76,17 @@ def trainer(tmp_path_factory):
     yield trainer
     trainer.server.stdin.close()
     trainer.server.wait(timeout=60)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """train.py in this process: exit code and what it printed."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        try:
+            code = train.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out + err
+    return run

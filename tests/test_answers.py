@@ -244,7 +244,7 @@ def test_anything_can_be_compared():
                              "#### ", "\n", "%"])
     texts = st.one_of(st.text(max_size=60), st.lists(words, max_size=20).map("".join))
 
-    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
     @hypothesis.given(texts, texts)
     def compare(left, right):
         assert equal(left, left) and equal(left, right) is equal(right, left)

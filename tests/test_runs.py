@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from hashlib import sha256
 
@@ -13,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import train
 from sd import UserError
 from sd.checkpoint import EMBEDDED, load
 from sd.conditions import Teacher
@@ -112,20 +110,6 @@ def test_a_damaged_state_gives_way_to_the_one_before(trainer, whole, tmp_path, h
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
-    """train.py in this process: exit code and what it printed."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        try:
-            code = train.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out + err
-    return run
-
-
-@pytest.fixture
 def open_run():
     """The run of a folder with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
     student = load(EMBEDDED)[0]
@@ -182,10 +166,21 @@ def test_a_state_of_another_model_is_refused(whole, tmp_path, here):
     assert code == 2 and "is not a state of --model" in text and "Traceback" not in text, text
 
 
-@pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"], ["--recompute"]])
+@pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"], ["--dtype", "float32"]])
 def test_other_options_beside_resume_are_refused(whole, here, args):
     code, text = here("--resume", whole[0] / "plain", *args)
     assert code == 2 and "--resume goes on with the options of the run" in text
+
+
+def test_a_run_goes_on_with_other_options_of_memory_to_the_same_numbers(trainer, whole, tmp_path):
+    out = tmp_path / "run"
+    assert trainer([*PLAIN, "--out", out], lambda text: "step    2/" in text, signal.SIGTERM)[0] == 143
+    code, text = trainer(["--resume", out, "--micro-batch", 1, "--sample-batch", 3, "--recompute"])
+    assert code == 0, text
+    assert (read_config(out / "config.json").micro_batch, read_config(out / "config.json").recompute) == (1, True)
+    assert (out / "rollouts.jsonl").read_text() == (whole[0] / "plain/rollouts.jsonl").read_text()
+    torch.testing.assert_close(load_file(out / "last/model.safetensors"), load_file(whole[0] / "plain/last/model.safetensors"),
+                               atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {"lr": "1e-3"}, {"steps": 6.0}, {"cond": None}, "lacks",

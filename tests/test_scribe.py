@@ -124,7 +124,7 @@ def test_align_never_raises_whatever_the_texts():
               "</think>", "7*8=56", HERO, "\n", "\ud800", RIGHT, WRONG, RULES]
     texts = strategies.lists(strategies.sampled_from(pieces) | strategies.text(max_size=3), max_size=12).map("".join)
 
-    @hypothesis.settings(max_examples=300, deadline=None, database=None)
+    @hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
     @hypothesis.given(texts, strategies.booleans(), texts)
     def check(text, truncated, output):
         critique = align(PROBLEM, text, truncated, output)

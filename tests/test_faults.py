@@ -1,0 +1,113 @@
+"""What can fail beside the code: memory, a process among several, the critic's server, the folder. Nothing is lost."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from sd.critic import SymbolicCritic
+from sd.problems import Problem
+from sd.scribe import ServerCritic
+from tests.conftest import ROOT
+
+SHORT = ["--cond", "critique", "--batch", 4, "--steps", 3, "--eval-samples", 1, "--eval-every", 10]
+
+
+def test_out_of_memory_is_told_with_the_plan_and_the_run_goes_on_with_a_smaller_batch(trainer, tmp_path):
+    args = ["--cond", "ref", "--batch", 128, "--micro-batch", 128, "--steps", 1, "--epochs", 4, "--eval-samples", 1,
+            "--out", tmp_path / "run"]
+    code, text = trainer(args, room=300 * 2 ** 20)
+    assert code == 1 and "Traceback" not in text, text
+    assert "train.py: out of memory after step 0" in text and "phase: training, activations and logits" in text
+    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 64"
+    code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=300 * 2 ** 20)
+    assert code == 0 and "done." in text, text
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_goes_on(trainer, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                "train.py", *map(str, SHORT), "--steps", "400", "--epochs", "100", "--out", str(out)], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step    2/"):
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = {re.search(rb"\0RANK=(\d)\0", open(f"/proc/{pid}/environ", "rb").read())[1]: int(pid) for pid in children}
+    os.kill(ranks[b"1"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and f"go on with: python train.py --resume {out}" in errors, errors
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    begun = time.time()
+    code, text = trainer(["--resume", out], lambda text: f"step {steps[-1] + 1:4d}/" in text or time.time() - begun > 60,
+                         signal.SIGTERM)
+    assert code == 143 and f"from step {steps[-1]}" in text, text
+
+
+class Scribe(BaseHTTPRequestHandler):
+    """A chat server that writes what the exact critic would; it hangs up for good after `server.left` answers."""
+
+    def do_POST(self):
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        said = re.split(r"~~~.*\n", prompt.split("Your task:\n")[1])[1:4]
+        problem, trace, truth = (part.strip() for part in said)
+        self.server.left -= 1
+        self.server.keys.add(self.headers.get("Authorization"))
+        if self.server.left < 0:
+            return
+        critique = SymbolicCritic()(Problem("p", problem, truth.splitlines()[0]), trace, "ran out of tokens" in prompt)
+        message = {"content": "<think>\nlet me see </think>" + critique.text}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowhere(tmp_path, here, monkeypatch):
+    """Nothing is trained on half of a batch: resumed, the run is the one that the exact critic gives."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setattr(train, "ServerCritic", partial(ServerCritic, retries=1, backoff=0.01))
+    assert here(*SHORT, "--out", tmp_path / "exact")[0] == 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scribe) as server:
+        server.daemon_threads, server.left, server.keys = True, 6, set()        # a step and a half
+        server.handle_error = lambda *args: None
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        code, said = here(*SHORT, "--critic", f"{url}#scribe", "--out", tmp_path / "run")
+        last = said.splitlines()[-1]
+        assert code == 2 and last.startswith(f"train.py: {url}/chat/completions: no answer") and "--resume" in last, said
+        assert "step    1/3  loss" in said and "step    2/3" not in said
+        server.left = 100
+        code, more = here("--resume", tmp_path / "run")
+        assert code == 0 and server.keys == {"Bearer sk-very-secret"}, more
+        server.shutdown()
+    for name in ("best", "last"):
+        one, other = (load_file(tmp_path / run / name / "model.safetensors") for run in ("run", "exact"))
+        assert all(one[key].equal(other[key]) for key in one)
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"very-secret" not in path.read_bytes()
+    assert "very-secret" not in said + more
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "locked/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_sampled(folder, tmp_path, here):
+    """/proc is one for everybody; permissions do not hold root off."""
+    if folder.startswith("locked"):
+        if os.geteuid() == 0:
+            pytest.skip("root may write anywhere")
+        (tmp_path / "locked").mkdir(mode=0o555)
+        folder = tmp_path / folder
+    code, text = here(*SHORT, "--out", folder)
+    assert code == 2 and text.startswith(f"train.py: {folder}/config.json: cannot be written") and text.count("\n") == 1
