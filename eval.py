@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sd import UserError
+from sd import UserError, command
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.config import Config, pick_device
 from sd.metrics import evaluate
@@ -74,23 +74,17 @@ def metric_names(samples: int) -> list[str]:
     return [f"{name}@{samples}" for name in ("avg", "maj", "pass")]
 
 
-def main() -> int:
+@command("eval.py")
+def main() -> None:
     args = parse_args()
-    try:
-        results = [measure(folder, args) for folder in args.folders]
-        if len(results) > 1:
-            print(f"mean ± standard deviation over {len(results)} checkpoints")
-            for name in metric_names(args.samples):
-                means = [r[name]["mean"] for r in results]
-                print(f"  {name.capitalize():8s} {statistics.mean(means):6.2f} ± {statistics.stdev(means):.2f}")
-        if args.json:
-            write_atomic(args.json, json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
-        return 0
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    results = [measure(folder, args) for folder in args.folders]
+    if len(results) > 1:
+        print(f"mean ± standard deviation over {len(results)} checkpoints")
+        for name in metric_names(args.samples):
+            means = [r[name]["mean"] for r in results]
+            print(f"  {name.capitalize():8s} {statistics.mean(means):6.2f} ± {statistics.stdev(means):.2f}")
+    if args.json:
+        write_atomic(args.json, json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
 
 
 if __name__ == "__main__":

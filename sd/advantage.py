@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd import UserError, losses
+from sd import UserError, command, losses
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import CHUNK, completion_hidden, feedback
@@ -278,39 +278,33 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+@command("sd.advantage")
+def main() -> None:
     args = parse_args()
-    try:
-        student, tokenizer, _ = load(args.folder)
-        teacher, other, _ = load(args.teacher) if args.teacher != args.folder else (student, tokenizer, None)
-        if tokenizer.fast.to_str() != other.fast.to_str():
-            raise UserError(f"{args.teacher}: its tokenizer.json is not that of {args.folder}")
-        problems = embedded(args.split)[:args.problems]
-        rows = analyse(student, teacher, tokenizer, problems, {quoting: SymbolicCritic(quoting) for quoting in QUOTING},
-                       args.samples, args.temperature, args.max_new_tokens, args.seed)
-        if not rows:
-            raise UserError(f"{args.folder}: no wrong rollout among {len(problems) * args.samples} of {len(problems)} "
-                            f"{args.split} problems, so there is no error to look at; try more --samples")
-        summary = summarise(rows)
-        named = {name: "the embedded solver" if folder == EMBEDDED else str(folder)
-                 for name, folder in (("folder", args.folder), ("teacher", args.teacher))}
-        facts = {name: value for name, value in vars(args).items() if name not in ("json", "html", "svg")}
-        facts |= named | {"problems": len(problems), "wrong": len(rows)}
-        print("{folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, {samples} rollouts each\n"
-              "mean A_t [95 % interval], share of tokens below -0.5".format(**facts))
-        print(table(summary))
-        if args.json:
-            write_atomic(args.json, json.dumps(facts | {"contexts": summary}, indent=1) + "\n")
-        if args.html:
-            write_atomic(args.html, page(rows, summary, facts))
-        if args.svg:
-            write_atomic(args.svg, figure(summary))
-        return 0
-    except UserError as error:
-        print(f"sd.advantage: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    student, tokenizer, _ = load(args.folder)
+    teacher, other, _ = load(args.teacher) if args.teacher != args.folder else (student, tokenizer, None)
+    if tokenizer.fast.to_str() != other.fast.to_str():
+        raise UserError(f"{args.teacher}: its tokenizer.json is not that of {args.folder}")
+    problems = embedded(args.split)[:args.problems]
+    rows = analyse(student, teacher, tokenizer, problems, {quoting: SymbolicCritic(quoting) for quoting in QUOTING},
+                   args.samples, args.temperature, args.max_new_tokens, args.seed)
+    if not rows:
+        raise UserError(f"{args.folder}: no wrong rollout among {len(problems) * args.samples} of {len(problems)} "
+                        f"{args.split} problems, so there is no error to look at; try more --samples")
+    summary = summarise(rows)
+    named = {name: "the embedded solver" if folder == EMBEDDED else str(folder)
+             for name, folder in (("folder", args.folder), ("teacher", args.teacher))}
+    facts = {name: value for name, value in vars(args).items() if name not in ("json", "html", "svg")}
+    facts |= named | {"problems": len(problems), "wrong": len(rows)}
+    print("{folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, {samples} rollouts each\n"
+          "mean A_t [95 % interval], share of tokens below -0.5".format(**facts))
+    print(table(summary))
+    if args.json:
+        write_atomic(args.json, json.dumps(facts | {"contexts": summary}, indent=1) + "\n")
+    if args.html:
+        write_atomic(args.html, page(rows, summary, facts))
+    if args.svg:
+        write_atomic(args.svg, figure(summary))
 
 
 if __name__ == "__main__":

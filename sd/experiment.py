@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd import UserError, losses, steps
+from sd import UserError, command, losses, steps
 from sd import times_table as tt
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import completion_hidden
@@ -199,7 +199,8 @@ def slug(name: str) -> str:
     return name.replace(" ", "-").replace("%", "")
 
 
-def main() -> int:
+@command("sd.experiment")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher", "critic-noise", "scale"))
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
@@ -209,36 +210,28 @@ def main() -> int:
                         "report as the paper does")
     args, extra = parser.parse_known_args()             # what is left goes to train.py: --steps 20, say, for a quick look
     out = (args.out / args.name).resolve()
-    try:
-        if args.seeds < 1 or args.jobs < 1:
-            raise UserError("--seeds and --jobs must be 1 or more")
-        options = arms(args.name, out)
-        extra += ["--keep"] if args.optimistic else []
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
-                    for seed in range(args.seeds) for name, arm in options.items()]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        result = summary(out, list(options), args.seeds)
-        if args.name == "alignment":
-            model, tokenizer, _ = load(EMBEDDED)
-            result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
-                                  for name in options if name != "grpo"}
-        write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
-        write_atomic(out / "table.md", table(result))
-        write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)], out / "report.html")
-        print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
-        return 0
-    except UserError as error:
-        print(f"sd.experiment: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be 1 or more")
+    options = arms(args.name, out)
+    extra += ["--keep"] if args.optimistic else []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
+                for seed in range(args.seeds) for name, arm in options.items()]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    result = summary(out, list(options), args.seeds)
+    if args.name == "alignment":
+        model, tokenizer, _ = load(EMBEDDED)
+        result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
+                              for name in options if name != "grpo"}
+    write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(out / "table.md", table(result))
+    write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)], out / "report.html")
+    print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was sto
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from sd import UserError
+from sd import UserError, command
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.config import Config, pick_device
@@ -62,7 +61,9 @@ def known_counts(path: Path, settings: dict) -> dict[str, int]:
     return counts
 
 
-def count(args: argparse.Namespace) -> None:
+@command("sd.problems")
+def main() -> None:
+    args = parse_args()
     problems = read_problems(args.data)
     model, tokenizer, shape = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
     settings = {name: str(getattr(args, name)) for name in ("model", "data", "samples", "temperature", "max_new_tokens", "seed")}
@@ -95,20 +96,3 @@ def count(args: argparse.Namespace) -> None:
     hard = [p for p in problems if counts[p.id] <= args.max_correct]
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
     print(f"{args.out}: {len(hard)} of {len(problems)} problems, at most {args.max_correct} of {args.samples} right")
-
-
-def main() -> int:
-    args = parse_args()
-    try:
-        count(args)
-        return 0
-    except UserError as error:
-        print(f"sd.problems: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"sd.problems: {error.filename}: cannot be written ({error.strerror}); free the space, the same command goes on",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130

@@ -14,7 +14,7 @@ from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 
-from sd import UserError
+from sd import UserError, command
 from sd.checkpoint import write_atomic
 from sd.config import MACHINE, Config
 
@@ -119,7 +119,8 @@ def write_report(folders: list[Path], file: Path) -> None:
     write_atomic(file, page([read_run(Path(folder)) for folder in folders]))
 
 
-def main() -> int:
+@command("sd.report")
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd.report", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
@@ -127,16 +128,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.out and not args.out.name:
         parser.error(f"--out {args.out} is not a file")
-    try:
-        out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
-        write_report(args.runs, out)
-        print(f"written: {out}")
-        return 0
-    except UserError as error:
-        print(f"sd.report: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
+    write_report(args.runs, out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -356,9 +356,7 @@ def test_answers_out_of_order_come_back_in_the_order_of_the_rollouts(server):
         return chat(text(name))
 
     server.answer = answer
-    start = time.monotonic()
     assert [c.text for c in ask(server, names)] == [text(name) for name in names]
-    assert time.monotonic() - start < 0.6                   # one after the other it is 0.78 s
     assert [c.text for c in ask(server, names[6:], concurrent=2)] == [text(name) for name in names[6:]]
 
 
