@@ -36,6 +36,22 @@ from sd.sampling import sample, uniforms
 from sd.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" width="600" viewBox="0 0 600 350" class="alignment" role="img"
+     aria-label="Avg@12 after training against the distance of the context from the solver's own derivation"><style>
+.alignment { --card: #ffffff; --text: #1f2328; --rule: #d1d9e0; --blue: #2166ac; --orange: #c4570a; --grey: #59636e;
+             font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+@media (prefers-color-scheme: dark) { .alignment { --card: #0d1117; --text: #e6edf3; --rule: #3d444d; --blue: #6cb0f5;
+             --orange: #f0954a; --grey: #9198a1; } }
+.alignment text { fill: var(--text); } .alignment .end { text-anchor: end; } .alignment .middle { text-anchor: middle; }
+.alignment .rule { stroke: var(--rule); } .alignment .line { fill: none; stroke-width: 1.5; }
+.alignment circle.ref { fill: var(--blue); } .alignment .ref.line { stroke: var(--blue); }
+.alignment circle.critique, .alignment text.critique { fill: var(--orange); } .alignment .critique.line { stroke: var(--orange); }
+.alignment text.grpo { fill: var(--grey); } .alignment .grpo.line { stroke: var(--grey); stroke-dasharray: 5 4; }
+</style><rect width="600" height="350" rx="8" fill="var(--card)"/>
+<text x="12" y="18">Avg@12 after training, mean and standard deviation over seeds</text>
+<!--PARTS-->
+<text class="middle" x="290" y="334">KL(teacher, student) on correct steps before training, nats per token</text></svg>
+"""
 REFERENCES = ("same", "worded", "half", "reordered", "decomposed")     # from the solver's own derivation outwards
 
 
@@ -195,6 +211,29 @@ def distance(name: str, problems: list[Problem], model, tokenizer: Tokenizer) ->
     return total / max(1, count)
 
 
+def figure(result: dict) -> str:
+    """Avg@12 against the measured distance of each context, as an SVG that follows the reader's light or dark scheme."""
+    avg = {name: float(np.mean(arm["avg@12"])) for name, arm in result["arms"].items()}
+    spread = {name: float(np.std(arm["avg@12"])) for name, arm in result["arms"].items()}
+    distances = result["distance"]
+    low, high = np.log10(min(distances.values())) - 0.15, np.log10(max(distances.values())) + 0.15
+    x = lambda value: 60 + 460 * (np.log10(value) - low) / (high - low)         # logarithmic
+    y = lambda value: 290 - 2.6 * value
+    parts = [f'<path class="rule" d="M60 {y(v):.0f}H520"/><text class="end" x="52" y="{y(v) + 4:.0f}">{v}</text>'
+             for v in range(0, 101, 20)]
+    parts += [f'<text class="middle" x="{x(v):.0f}" y="308">{v:g}</text>' for v in (0.01, 0.03, 0.1, 0.3, 1, 3)
+              if low <= np.log10(v) <= high]
+    parts += [f'<path class="{name} line" d="M60 {y(avg[name]):.1f}H520"/>'
+              f'<text class="{name}" x="526" y="{y(avg[name]) + below:.0f}">{name}</text>'
+              for name, below in zip(sorted(("grpo", "critique"), key=avg.get), (11, -3))]
+    for i, (name, distance) in enumerate(distances.items()):
+        at, value, kind = x(distance), avg[name], name.split()[0]
+        parts.append(f'<path class="{kind} line" d="M{at:.1f} {y(value - spread[name]):.1f}V{y(value + spread[name]):.1f}"/>'
+                     f'<circle class="{kind}" cx="{at:.1f}" cy="{y(value):.1f}" r="4"/>' +
+                     (f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{name.split()[1]}</text>' if kind == "ref" else ""))
+    return FIGURE.replace("<!--PARTS-->", "\n".join(parts))
+
+
 def slug(name: str) -> str:
     return name.replace(" ", "-").replace("%", "")
 
@@ -228,6 +267,7 @@ def main() -> None:
         model, tokenizer, _ = load(EMBEDDED)
         result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
                               for name in options if name != "grpo"}
+        write_atomic(out / "figure.svg", figure(result))
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_atomic(out / "table.md", table(result))
     write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)], out / "report.html")

@@ -1,12 +1,13 @@
 """The experiments' own parts: references that move away from the solver, intervals, tables from stored results."""
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from sd import experiment
-from sd.experiment import REFERENCES, arms, interval, reference, run, summary, table
+from sd.experiment import REFERENCES, arms, figure, interval, reference, run, summary, table
 from sd.problems import embedded
 from sd.steps import parse
 
@@ -62,6 +63,19 @@ def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
     # by hand: ref 37.5 and 50, critique 62.5 and 75; sample standard deviation 12.5 / sqrt(2)
     assert "| ref | 43.8 ± 8.8 |" in table(result) and "| critique | 68.8 ± 8.8 |" in table(result)
     assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in table(result)
+
+
+def test_the_figure_shows_what_was_measured():
+    """Heights are linear in Avg, distances from left to right logarithmic in the divergence."""
+    measured = {"ref same": (0.01, 90.0), "ref half": (0.1, 50.0), "ref decomposed": (1.0, 10.0), "critique": (0.1, 70.0)}
+    result = {"arms": {name: {"avg@12": [avg - 5, avg + 5]} for name, (_, avg) in measured.items()} |
+              {"grpo": {"avg@12": [60.0, 60.0]}}, "distance": {name: d for name, (d, _) in measured.items()}}
+    svg = figure(result)
+    ElementTree.fromstring(svg)
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = [tuple(map(float, at)) for at in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
+    assert x1 - x0 == pytest.approx(x2 - x1) and x1 == x3 and x0 < x1
+    assert y1 - y0 == pytest.approx(y2 - y1) and y3 == pytest.approx((y0 + y1) / 2) and y0 < y1
+    assert all(f">{name}</text>" in svg for name in ("same", "half", "decomposed", "critique", "grpo"))
 
 
 def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp_path, monkeypatch):
