@@ -1,8 +1,9 @@
-"""What a configuration needs, before anything is loaded: memory per device by part.
+"""What a configuration needs, before anything is loaded: memory per device by part, and the work of the whole run.
 
 Sizes follow from config.json alone. Of the phases of a step only one is alive at a time, so the peak is what always stays
 plus the largest of them. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a rollout, and rollouts that
-run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so leave a tenth free.
+run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so leave a tenth free; glibc on a
+CPU was seen to keep a third more.
 """
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from sd.problems import embedded, read_problems
 PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of the critic's rules and example
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size at once
 GIB = 2 ** 30
+CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12), "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
+REACHED = 0.4       # of a card's rates, assumed: not measured
 RUNTIME = {"cpu": 0.31 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
 
 
@@ -104,6 +107,41 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     return out
 
 
+def flops(shape: ModelConfig, prompt: int, new: int, passes: float) -> float:
+    """Operations of a rollout's `passes` over the model; 1 is a forward pass. Only new tokens reach the output projection."""
+    T, HD = prompt + new, shape.num_attention_heads * shape.head_dim
+    attention = 2 * T * T * HD * shape.num_hidden_layers                    # scores and values, half of them masked
+    return passes * (2 * parameters(shape)[1] * T + 2 * shape.vocab_size * shape.hidden_size * new + attention)
+
+
+def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float]]:
+    """Part -> (operations, bytes read token by token) per device in the whole run, if all rollouts are of full length."""
+    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+    problems, validation = (len(read_problems(Path(path)) if path else embedded(split))
+                            for path, split in ((config.data, "train"), (config.val, "val")))
+    steps = problems * config.epochs // config.batch
+    steps = min(config.steps, steps) if config.steps else steps
+    rollouts = steps * config.batch * group / ranks
+    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.torch_dtype.itemsize
+    weights = (parameters(shape)[1] + shape.vocab_size * shape.hidden_size) * config.torch_dtype.itemsize
+
+    def sampled(count: float, at_once: int, read: int, written: int) -> tuple[float, float]:
+        rows = min(at_once, count)
+        a_step = weights + rows * (read + written / 2) * cache
+        return count * flops(shape, read, written, 1), count / max(1, rows) * written * a_step
+
+    at_once = -(-config.batch // ranks) * group
+    out = {"sampling": sampled(rollouts, min(config.sample_batch, at_once), PROMPT, new)}
+    if config.cond == "critique" and config.critic == "self":
+        out["critic"] = sampled(rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new, config.critic_tokens)
+    if config.cond != "grpo":
+        out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0
+    passes = (2 if config.lora_rank else 3) + config.recompute              # a frozen weight has no gradient of its own
+    out["student, forward and backward"] = rollouts * flops(shape, PROMPT, new, passes), 0
+    evaluated = (-(-steps // config.eval_every) + 1) * validation * config.eval_samples / ranks
+    return out | {"evaluations": sampled(evaluated, config.sample_batch, PROMPT, new)}
+
+
 def peak(parts: dict[str, float]) -> float:
     """What always stays and the largest phase."""
     phases = [size for name, size in parts.items() if name.startswith("phase: ")]
@@ -121,6 +159,14 @@ def plan(config: Config, gib: float = 0) -> str:
                  (f": {verdict} {gib:g} GiB with a tenth to spare" if gib else ""))
     if verdict != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
+    on_cuda = (config.device or config.torch_device.type).startswith("cuda")
+    lines.append("work per device in the whole run, all rollouts of full length" + (
+        f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
+    parts = work(config, ranks)
+    for name, of in [*((name, [part]) for name, part in parts.items()), ("all", list(parts.values()))]:
+        hours = [sum(max(f / rate, b / speed) for f, b in of) / REACHED / 3600 for rate, speed in CARDS.values()]
+        lines.append(f"  {name:44s} {sum(f for f, _ in of) / 1e12:12,.1f} TFLOP" +
+                     (" / ".join(f"{h:8.2f}" for h in hours) + " h" if on_cuda else ""))
     return "\n".join(lines)
 
 

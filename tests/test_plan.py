@@ -7,11 +7,14 @@ from shutil import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from sd.checkpoint import EMBEDDED, read_config, save_model
+from sd.checkpoint import EMBEDDED, load, read_config, save_model
+from sd.conditions import Feedback, Teacher, accumulate
 from sd.config import PRESETS, Config
+from sd.lora import add_lora
 from sd.model import Transformer
-from sd.plan import PROMPT, RUNTIME, needs, parameters, peak, plan
+from sd.plan import PROMPT, RUNTIME, flops, needs, parameters, peak, plan, work
 from sd.tokenizer import Tokenizer
 
 GIB, NEW = 2 ** 30, 16
@@ -127,3 +130,31 @@ def test_two_devices_halve_what_each_samples(qwen3):
     one, two = (needs(replace(qwen3, batch=256, sample_batch=512, eval_samples=1), ranks) for ranks in (1, 2))
     name = "phase: sampling, key/value cache"
     assert two[name] == pytest.approx(one[name] / 2, rel=0.05) and two["weights"] == one["weights"]
+
+
+@pytest.mark.parametrize("cond, rank", [("grpo", 0), ("ref", 0), ("ref", 8)])
+def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank):
+    """Its own counter, on the real loss; it leaves out attention on a CPU and counts the adapter's products, some percent."""
+    config = Config(cond=cond, lora_rank=rank)
+    student, _, shape = load(EMBEDDED)
+    if rank:
+        add_lora(student, rank, 1.0, 0)
+    prompts, completions = [[5] * 100] * 4, [[7] * 150] * 4
+    told = Feedback(advantages=[1.0] * 4) if cond == "grpo" else Feedback(teacher_prompts=[[5] * 250] * 4)
+    with FlopCounterMode(display=False) as counter:
+        accumulate(student, Teacher("base", student, 0.9), prompts, completions, told, config, 600)
+    expected = 4 * (flops(shape, 100, 150, 2 if rank else 3) + (flops(shape, 250, 150, 1) if cond == "ref" else 0))
+    attention = 4 * 2 * 4 * 128 * ((2 if rank else 3) * 250 ** 2 + (400 ** 2 if cond == "ref" else 0))
+    assert expected - attention == pytest.approx(counter.get_total_flops(), rel=0.15 if rank else 0.02)
+
+
+def test_the_work_of_a_run_follows_the_options(qwen3):
+    """By hand: 282 problems, 7 epochs and 32 a step make 61 steps; at 2 operations per weight and token."""
+    token = 2 * 28 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
+    flop, moved = work(qwen3)["sampling"]
+    assert flop == pytest.approx(61 * 32 * token * (PROMPT + 2048), rel=0.35) and flop > 61 * 32 * token * 2048
+    assert moved > 61 * 2048 * 2 * token / 2                                # the weights, at every token of 61 batches
+    grpo = work(replace(qwen3, cond="grpo"))
+    assert grpo["sampling"] == pytest.approx((8 * flop, 8 * moved)) and "teacher" not in grpo and "critic" not in grpo
+    assert work(qwen3, ranks=2)["teacher"][0] == work(qwen3)["teacher"][0] / 2
+    assert "critic" in work(replace(qwen3, cond="critique")) and "h\n" in plan(replace(qwen3, device="cuda")) + "\n"
