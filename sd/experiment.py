@@ -6,7 +6,7 @@
     also: divergence, teacher, critic-noise, scale
 
 Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from what they do.
-A run that is finished is skipped, one that was killed goes on. Tables come from stored results alone: OUT/NAME/table.md and
+A run that is finished is skipped, or copied if another experiment made it; one that was killed goes on. Tables come from stored results alone: OUT/NAME/table.md and
 results.json are the same to the digit when made again. Checkpoints are chosen on validation problems, measured on test
 problems; intervals are bootstraps over seeds and problems together.
 """
@@ -28,7 +28,7 @@ from sd import UserError, command, losses, steps
 from sd import times_table as tt
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import completion_hidden
-from sd.config import Config
+from sd.config import Config, parse_config, read_config
 from sd.critic import SymbolicCritic
 from sd.problems import Problem, embedded
 from sd.report import write_report
@@ -121,7 +121,7 @@ def started(command: list[str], threads: int) -> None:
 def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
     """Trains and measures one arm with one seed, unless that is done."""
     python, result = sys.executable, folder / "test.json"
-    if result.exists():
+    if result.exists() or copied(folder, [*options, "--seed", str(seed), *extra]):
         return
     if any(folder.glob("state-*.safetensors")):
         started([python, "train.py", "--resume", str(folder)], threads)      # nothing, if it had come to its end
@@ -134,6 +134,21 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
         started([python, "eval.py", *map(str, kept), *test, "--json", str(folder / "kept.json")], threads)
     started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)      # last: then it is done
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
+
+
+def copied(folder: Path, options: list[str]) -> bool:
+    """Whether another experiment in the same place has a finished run of these options, which then is this one too."""
+    wanted = replace(parse_config("", options)[0], out="")
+    for result in sorted(folder.parent.parent.glob("*/*/test.json")):
+        try:
+            config = replace(read_config(result.parent / "config.json"), out="")
+        except UserError:                                   # of another version
+            continue
+        if wanted in (config, replace(config, keep=False)):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(result.parent, folder)
+            return True
+    return False
 
 
 def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """The experiments' own parts: references that move away from the solver, intervals, tables from stored results."""
 import json
 import re
+from dataclasses import asdict
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from sd import experiment
+from sd.config import Config
 from sd.experiment import REFERENCES, arms, figure, interval, reference, run, summary, table
 from sd.problems import embedded
 from sd.steps import parse
@@ -100,6 +102,18 @@ def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp
         count = len(commands)
         run(folder, ["--cond", "ref"], 7, 1, [])
         assert len(commands) == count
+
+
+def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "started", lambda command, threads: pytest.fail(str(command)))
+    made = tmp_path / "main/ref-0"
+    stored(made, [0.5], 32)
+    (made / "config.json").write_text(json.dumps(asdict(Config(cond="ref", steps=2, keep=True, out="somewhere"))))
+    run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, ["--steps", "2"])
+    assert (tmp_path / "teacher/ref-base-0/test.json").read_text() == (made / "test.json").read_text()
+    for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0), (["--cond", "critique"], 0)):
+        with pytest.raises(pytest.fail.Exception):
+            run(tmp_path / "teacher/other", options, seed, 1, ["--steps", "2"])
 
 
 def test_every_experiment_has_options_that_train_py_takes(tmp_path, monkeypatch):
