@@ -17,6 +17,7 @@ import torch
 
 from sd import UserError, command
 from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.compile import check_compile
 from sd.config import Config, pick_device
 from sd.metrics import evaluate
 from sd.problems import embedded, read_problems
@@ -38,26 +39,25 @@ def parse_args() -> argparse.Namespace:
                         "reference solution or a symbolic critique")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
     if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 <= args.temperature < float("inf"):
         parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, --temperature 0 or more")
+    if args.compile:
+        check_compile(pick_device(args.device))
     return args
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Evaluates one checkpoint and prints what it found."""
     start = time.time()
-    model, tokenizer, shape = load(folder, getattr(torch, args.dtype), pick_device(args.device))
+    model, tokenizer, _ = load(folder, getattr(torch, args.dtype), pick_device(args.device))
     problems = read_problems(args.test) if args.test else embedded(args.split)
     if args.context == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")
-    longest = max(problems, key=lambda p: len(p.problem))
-    if len(tokenizer.student_prompt(longest.problem)) + args.max_new_tokens > shape.max_position_embeddings:
-        raise UserError(f"problem {longest.id!r}: does not fit the model's {shape.max_position_embeddings} tokens beside "
-                        "--max-new-tokens; lower that")
     result = evaluate(model, tokenizer, problems, args.samples, args.temperature, args.max_new_tokens, args.seed,
-                      args.context, rows=args.sample_batch).summary()
+                      args.context, rows=args.sample_batch, compile=args.compile).summary()
     data = str(args.test or args.split)
     result = {"folder": str(folder), "split": data, "context": args.context, "seed": args.seed,
               "temperature": args.temperature, **result, "seconds": round(time.time() - start, 1)}

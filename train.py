@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from sd import UserError
+from sd import UserError, out_of_memory
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load
-from sd.conditions import Teacher, accumulate, feedback, frozen_copy
+from sd.conditions import Teacher, accumulate, feedback, initial_policy
 from sd.config import Config, parse_config
 from sd.critic import Critic, SymbolicCritic
 from sd.lora import add_lora
 from sd.metrics import evaluate
-from sd.plan import out_of_memory, plan
+from sd.plan import plan
 from sd.problems import Problem, embedded, read_problems
 from sd.ranks import Lost, Ranks
 from sd.runs import RunFolder, Signals, Stop
@@ -41,11 +41,17 @@ def data_order(config: Config, count: int) -> list[int]:
 
 
 def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Problem], list[Problem]]:
-    """Training and validation problems. Raises UserError if a prompt is too long or `ref` lacks solutions."""
+    """Training and validation problems. Raises UserError if a prompt is too long or `ref` lacks solutions.
+
+    `limit` is how many tokens a prompt may have; the self-teacher's has some more than the student's, context aside.
+    """
+    if limit < 1:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves the model no position for a prompt; lower it")
     problems = read_problems(Path(config.data)) if config.data else embedded("train")
     validation = read_problems(Path(config.val)) if config.val else embedded("val")
     for p in problems + validation:
-        if (length := len(tokenizer.student_prompt(p.problem))) > limit:
+        bare = tokenizer.student_prompt(p.problem), tokenizer.teacher_prompt(p.problem, "ref", "")
+        if (length := max(map(len, bare))) > limit:
             raise UserError(f"problem {p.id!r}: its prompt has {length} tokens, {limit} fit the model beside "
                             "--max-new-tokens; remove it or lower that")
     if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
@@ -53,16 +59,18 @@ def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pr
     return problems, validation
 
 
-def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer) -> Critic | None:
+def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer, problems: list[Problem]) -> Critic | None:
     """The frozen critic; `self` is the initial policy, which shares what it can with the student and the self-teacher."""
     if config.cond != "critique":
         return None
     if config.critic == "symbolic":
-        return SymbolicCritic(config.quoting, config.critic_noise)
+        critic = SymbolicCritic(config.quoting, config.critic_noise)
+        critic.batch(problems, [""] * len(problems), [False] * len(problems))       # tells now what it cannot read
+        return critic
     if "://" in config.critic:
         return ServerCritic(config.critic, "", config.critic_tokens)
     if config.critic == "self":
-        policy = teacher.model if config.teacher == "base" else frozen_copy(student)
+        policy = teacher.model if config.teacher == "base" else initial_policy(student)
     else:
         policy, tokenizer, _ = load(config.critic, config.torch_dtype, config.torch_device)
     return LocalCritic(policy, tokenizer, config.critic_tokens, config.critic_batch)
@@ -74,9 +82,9 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         add_lora(student, config.lora_rank, config.lora_alpha, config.seed)
     student.recompute = config.recompute
     teacher = Teacher(config.teacher if config.cond != "grpo" else "live", student, config.ema_decay)
-    critic = open_critic(config, student, teacher, tokenizer)
     limit = shape.max_position_embeddings - config.max_new_tokens       # tokens a prompt may have
     problems, validation = read_data(config, tokenizer, limit)
+    critic = open_critic(config, student, teacher, tokenizer, problems)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
     order = data_order(config, len(problems))
@@ -87,7 +95,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
                         f"all epochs ({len(order)})")
     if len(validation) < ranks.world:
         raise UserError(f"--val holds {len(validation)} problems, fewer than the {ranks.world} processes; start fewer")
-    begin, group = run.begin(student, optimizer, teacher, steps), config.rollouts_per_problem
+    begin, group = run.begin(student, optimizer, teacher, steps, problems + validation), config.rollouts_per_problem
 
     for step in range(begin, steps + 1):
         if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
@@ -180,7 +188,7 @@ def guarded(signals: Signals) -> int:
         if not out_of_memory(error):
             raise
         status = 1
-        message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error).splitlines()[0][:200]}). "
+        message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error)[:200]!r}). "
                    f"--plan says:\n{plan(config)}\n" + (f"then go on with: python train.py --resume {run.path} --micro-batch "
                    f"{max(1, config.micro_batch // 2)}" if run else ""))
     except Stop as stop:

@@ -8,6 +8,12 @@ class UserError(Exception):
     """Something the user can put right, in one sentence. The command lines print it and exit with status 2."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """PyTorch has a type of its own for CUDA alone, and not for all of that; elsewhere its libraries say it in words."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+
+
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
     """Decorates the `main` of a command, which then returns its exit status and shows no traceback for what is no bug."""
     def decorate(main: Callable[..., None]) -> Callable[..., int]:
@@ -19,6 +25,11 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
             except (UserError, OSError) as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                print(f"{name}: out of memory; lower --sample-batch", file=sys.stderr)
+                return 1
             except KeyboardInterrupt:
                 print(f"\n{name}: stopped", file=sys.stderr)
                 return 130

@@ -128,7 +128,9 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
 
     Raises UserError if a file is missing or broken, or if a tensor is missing, superfluous or of another shape.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)       # streams and graphs are made on the current one
     config = read_config(folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:

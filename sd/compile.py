@@ -44,7 +44,7 @@ def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor
 
 def decoder(model: Transformer, cache: Cache, tokens: int, compile: bool) -> Step:
     """`next_logits` of one sampling call of at most `tokens` tokens, as fast as this device allows."""
-    on_cuda = model.lm_head.weight.is_cuda
+    on_cuda, model = model.lm_head.weight.is_cuda, narrowed(model)
     if compile and on_cuda:
         return Captured(model, cache)
     if compile:
@@ -53,6 +53,18 @@ def decoder(model: Transformer, cache: Cache, tokens: int, compile: bool) -> Ste
         pack = not on_cuda and tokens >= WORTH_PACKING and torch.backends.mkldnn.is_available()
         step, fast = next_logits, packed(model, cache.k[0].size(0)) if pack else model
     return lambda ids, positions, slots: step(fast, ids, cache, positions, slots)
+
+
+def narrowed(model: Transformer) -> Transformer:
+    """A copy that shares all but its adapters, which lie in the type of the weights: cast once, not at every token."""
+    kind = model.lm_head.weight.dtype
+    if all(p.dtype == kind for p in model.parameters()):
+        return model
+    fast = deepcopy(model, {id(p): p for p in model.parameters() if p.dtype == kind})
+    for module in fast.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_A, module.lora_B = (nn.Parameter(p.detach().to(kind)) for p in (module.lora_A, module.lora_B))
+    return fast
 
 
 class Packed(nn.Module):
@@ -121,18 +133,24 @@ def inductor(function: Callable) -> Callable:
 
 @cache
 def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor], device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A loss of m tokens with its passes over (m, V) made one: from m rows each to one number a row."""
+    """A loss of m tokens with its passes over (m, V) made one: from m rows each to one number a row.
+
+    On CUDA each number of rows is compiled for itself, so it is rounded up to a power of two from 32 on; on a CPU only a
+    single row is a case of its own.
+    """
     if device == "cpu":
-        return inductor(loss)
+        return padded(inductor(loss), lambda rows: max(rows, 2))
     sys.modules.setdefault("triton", None)
-    return padded(torch.compile(loss, backend="cudagraphs", fullgraph=True, dynamic=False))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)    # the powers of two
+    return padded(torch.compile(loss, backend="cudagraphs", fullgraph=True, dynamic=False),
+                  lambda rows: max(32, 2 ** math.ceil(math.log2(rows))))
 
 
-def padded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Rounds the number of rows up to a power of two, as each number is compiled for itself; pads carry no gradient."""
+def padded(loss: Callable[..., Tensor], size: Callable[[int], int]) -> Callable[..., Tensor]:
+    """`loss` on `size` (rows) rows; the pads carry no gradient."""
     def rounded_up(*inputs: Tensor) -> Tensor:
         rows = len(inputs[0])
-        extra = 2 ** math.ceil(math.log2(rows)) - rows
+        extra = size(rows) - rows
         wide = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)) for x in inputs]
         return loss(*wide)[:rows]
     return rounded_up

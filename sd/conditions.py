@@ -17,6 +17,7 @@ from sd import UserError, losses
 from sd.compile import fused
 from sd.config import Config
 from sd.critic import Critic, Critique
+from sd.lora import LoRALinear, switch
 from sd.model import Transformer
 from sd.problems import Problem
 from sd.sampling import pad
@@ -71,7 +72,11 @@ class Teacher:
 
     def __init__(self, kind: str, student: Transformer, decay: float):
         self.kind, self.decay = kind, decay
-        self.model = student if kind == "live" else frozen_copy(student)
+        if kind == "ema":
+            frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
+            self.model = deepcopy(student, frozen).requires_grad_(False)
+        else:
+            self.model = student if kind == "live" else initial_policy(student)
 
     @torch.no_grad()
     def update(self, student: Transformer) -> None:
@@ -82,10 +87,13 @@ class Teacher:
                     mine.lerp_(new, 1 - self.decay)
 
 
-def frozen_copy(student: Transformer) -> Transformer:
-    """The policy as it is now, held fixed."""
-    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-    return deepcopy(student, shared).requires_grad_(False)
+def initial_policy(student: Transformer) -> Transformer:
+    """The policy before training, held fixed: the student's own weights with its adapter off, or a copy of them all."""
+    if not any(isinstance(module, LoRALinear) for module in student.modules()):
+        return deepcopy(student).requires_grad_(False)
+    policy = deepcopy(student, {id(p): p for p in student.parameters()})
+    switch(policy, on=False)
+    return policy
 
 
 def completion_hidden(model: Transformer, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:

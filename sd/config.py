@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
 
 
-MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}     # change no result but by rounding
+# These change no result but by rounding, which in bfloat16 may turn a rollout another way.
+MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}
 
 
 def option(default, help: str, choices=None):
@@ -85,6 +87,13 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError naming the flag whose value makes no sense."""
+        for f in fields(self):
+            if (choices := f.metadata["choices"]) and getattr(self, f.name) not in choices:
+                raise UserError(f"--{f.name.replace('_', '-')} must be one of {', '.join(choices)}")
+        if not re.fullmatch(r"|cpu|cuda(:\d{1,3})?", self.device):
+            raise UserError(f"--device must be cpu, cuda or cuda:N, not {self.device[:40]!r}")
+        if not 0 <= self.seed < 2 ** 63:
+            raise UserError(f"--seed must be 0 or more and below 2**63, not {str(self.seed)[:40]}")
         for name in ("temperature", "max_new_tokens", "critic_tokens", "lr", "batch", "epochs", "clip", "lora_alpha",
                      "micro_batch", "sample_batch", "eval_every", "eval_samples"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -103,22 +112,23 @@ class Config:
             raise UserError("--dtype bfloat16 needs --lora-rank: steps of the usual size vanish in bfloat16 weights")
         if bool(self.data) != bool(self.val):
             raise UserError("--data and --val go together: problems to train on, and others that choose the best checkpoint")
-        if self.compile:
-            check_compile(self.torch_device)
 
 
 def pick_device(name: str) -> torch.device:
     """`name`, or cuda if there is one. Raises UserError if it is not there; under torchrun each rank takes its own."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise UserError(f"--device {name}: not available here; use cpu" + ("" if name.startswith("cuda") else " or cuda"))
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name or ("cuda" if there else "cpu")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    known = ["cpu", *(f"cuda:{i}" for i in range(there))]
+    if name not in known:
+        raise UserError(f"--device {name}: not available here; there is {', '.join(known)}")
+    return torch.device(name)
 
 
 # What the paper lists. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
 PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8, lora_rank=64,
                          lora_alpha=128.0, divergence="forward", teacher="base", dtype="bfloat16", eval_every=10,
-                         eval_samples=12, critic="self", micro_batch=2, sample_batch=32, recompute=True)}
+                         eval_samples=12, critic="self", critic_tokens=8192, micro_batch=2, sample_batch=32, recompute=True)}
 
 
 def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -154,7 +164,9 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
         config = Config(**values)
     config.check()
     if args.plan is None:
-        config.torch_device             # raises UserError if it is not there; a plan may be for another machine
+        device = config.torch_device    # raises UserError if it is not there; a plan may be for another machine
+        if config.compile:
+            check_compile(device)
     return config, args
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sd import UserError
 from sd.answers import equal, final_answer
 from sd.critic import Critic, SymbolicCritic
 from sd.model import Transformer
@@ -67,16 +68,23 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
     """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
 
     With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a rollout that
-    is sampled first (a malformed one shows nothing).
+    is sampled first (a malformed one shows nothing). Raises UserError if a prompt does not fit the model.
     """
     mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
     part = problems[mine]
+
+    def fitting(prompts: list[list[int]]) -> list[list[int]]:
+        for i, prompt in enumerate(prompts):
+            if (room := model.config.max_position_embeddings - max_new_tokens) < len(prompt):
+                raise UserError(f"problem {part[i * len(part) // len(prompts)].id!r}: its prompt has {len(prompt)} tokens, {room} "
+                                "fit the model beside --max-new-tokens; remove it or lower that")
+        return prompts
 
     def draws(*purpose) -> torch.Tensor:
         noise = uniforms(len(problems) * samples, max_new_tokens, seed, *purpose)
         return noise[mine.start * samples:mine.stop * samples]
 
-    prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
+    prompts, group = fitting([tokenizer.student_prompt(p.problem) for p in part]), samples
     if context == "ref":
         prompts = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part]
     elif context == "critique":
@@ -87,7 +95,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
                                                        first.truncated.tolist())
         prompts, group = [tokenizer.student_prompt(p.problem) if c.malformed else
                           tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)], 1
-    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows, compile)
+    out = sample_in_parts(model, fitting(prompts), tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows, compile)
     found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
              for c, cut in zip(out.completions(), out.truncated.tolist())]
     found = ranks.gather(found) if ranks else found

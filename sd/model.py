@@ -129,7 +129,9 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.k[layer][:, :, :T] = k
                 cache.v[layer][:, :, :T] = v
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
+            if q.is_cuda and q.dtype == torch.float32:      # flash has no float32, and only it takes fewer key heads there
+                k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1)) # (B, H, T, D)
         else:                                   # one new token a row, at positions (B): write its slot, then read
             slot = positions.view(B, 1, 1, 1).expand_as(k)                                  # (B, K, 1, D)
             cache.k[layer].scatter_(2, slot, k)

@@ -21,7 +21,7 @@ PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of t
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size at once
 GIB = 2 ** 30
 CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12), "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
-REACHED = 0.4       # of a card's rates, assumed: not measured
+REACHED, LAUNCHES = 0.4, 70 * 6e-6      # assumed, not measured: of a card's rates; seconds a layer takes to launch, uncompiled
 RUNTIME = {"cpu": 0.31 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
 
 
@@ -71,7 +71,9 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     cpu, size, V, C = device == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
     trained = config.lora_rank * per_rank if config.lora_rank else total
     critique, distilled = config.cond == "critique", config.cond != "grpo"
-    copies = (distilled and config.teacher != "live") + (critique and config.critic == "self" and config.teacher != "base")
+    whole = not config.lora_rank                            # else the initial policy is the student with its adapter off
+    copies = (distilled and (config.teacher == "ema" or whole and config.teacher == "base")) + (
+        whole and critique and config.critic == "self" and config.teacher != "base")
     out = {"weights": total * size, "runtime": RUNTIME[device]}
     if config.lora_rank:
         out["adapter"] = trained * 4
@@ -114,32 +116,34 @@ def flops(shape: ModelConfig, prompt: int, new: int, passes: float) -> float:
     return passes * (2 * parameters(shape)[1] * T + 2 * shape.vocab_size * shape.hidden_size * new + attention)
 
 
-def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float]]:
-    """Part -> (operations, bytes read token by token) per device in the whole run, if all rollouts are of full length."""
+def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]]:
+    """Part -> operations, bytes read and layers run token by token; per device in a whole run of rollouts of full length."""
     shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
     problems, validation = (len(read_problems(Path(path)) if path else embedded(split))
                             for path, split in ((config.data, "train"), (config.val, "val")))
     steps = problems * config.epochs // config.batch
     steps = min(config.steps, steps) if config.steps else steps
     rollouts = steps * config.batch * group / ranks
-    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.torch_dtype.itemsize
-    weights = (parameters(shape)[1] + shape.vocab_size * shape.hidden_size) * config.torch_dtype.itemsize
 
-    def sampled(count: float, at_once: int, read: int, written: int) -> tuple[float, float]:
-        rows = min(at_once, count)
-        a_step = weights + rows * (read + written / 2) * cache
-        return count * flops(shape, read, written, 1), count / max(1, rows) * written * a_step
+    def sampled(of: ModelConfig, count: float, at_once: int, read: int, written: int) -> tuple[float, float, float]:
+        rows, size = max(1, min(at_once, count)), config.torch_dtype.itemsize
+        cache = 2 * of.num_hidden_layers * of.num_key_value_heads * of.head_dim * rows * (read + written / 2)
+        tokens = count / rows * written                     # one after another
+        weights = parameters(of)[1] + of.vocab_size * of.hidden_size
+        return count * flops(of, read, written, 1), tokens * (weights + cache) * size, tokens * of.num_hidden_layers
 
     at_once = -(-config.batch // ranks) * group
-    out = {"sampling": sampled(rollouts, min(config.sample_batch, at_once), PROMPT, new)}
-    if config.cond == "critique" and config.critic == "self":
-        out["critic"] = sampled(rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new, config.critic_tokens)
+    out = {"sampling": sampled(shape, rollouts, min(config.sample_batch, at_once), PROMPT, new)}
+    if config.cond == "critique" and not (config.critic == "symbolic" or "://" in config.critic):
+        judge = shape if config.critic == "self" else read_config(Path(config.critic))
+        out["critic"] = sampled(judge, rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new, config.critic_tokens)
     if config.cond != "grpo":
-        out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0
+        out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
     passes = (2 if config.lora_rank else 3) + config.recompute              # a frozen weight has no gradient of its own
-    out["student, forward and backward"] = rollouts * flops(shape, PROMPT, new, passes), 0
-    evaluated = (-(-steps // config.eval_every) + 1) * validation * config.eval_samples / ranks
-    return out | {"evaluations": sampled(evaluated, config.sample_batch, PROMPT, new)}
+    out["student, forward and backward"] = rollouts * flops(shape, PROMPT, new, passes), 0, 0
+    k = config.eval_samples
+    evaluated = (-(-steps // config.eval_every) + 1) * validation * k / ranks
+    return out | {"evaluations": sampled(shape, evaluated, max(1, config.sample_batch // k) * k, PROMPT, new)}
 
 
 def peak(parts: dict[str, float]) -> float:
@@ -164,13 +168,9 @@ def plan(config: Config, gib: float = 0) -> str:
         f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
     parts = work(config, ranks)
     for name, of in [*((name, [part]) for name, part in parts.items()), ("all", list(parts.values()))]:
-        hours = [sum(max(f / rate, b / speed) for f, b in of) / REACHED / 3600 for rate, speed in CARDS.values()]
-        lines.append(f"  {name:44s} {sum(f for f, _ in of) / 1e12:12,.1f} TFLOP" +
+        launches = 0 if config.compile else LAUNCHES
+        hours = [sum(max(f / rate / REACHED, b / speed / REACHED, n * launches) for f, b, n in of) / 3600
+                 for rate, speed in CARDS.values()]
+        lines.append(f"  {name:44s} {sum(f for f, _, _ in of) / 1e12:12,.1f} TFLOP" +
                      (" / ".join(f"{h:8.2f}" for h in hours) + " h" if on_cuda else ""))
     return "\n".join(lines)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """PyTorch has a type of its own for CUDA alone; on a CPU its allocator and oneDNN say it in words."""
-    words = ("can't allocate memory", "could not create a memory", "could not create a primitive")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)

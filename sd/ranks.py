@@ -24,7 +24,8 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+            # what is small goes through gloo everywhere: it notices at once that another rank has ended, NCCL does not
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
 
     def share(self, count: int) -> slice:
         """This rank's part of `count` things, in order; parts differ by one at most."""
@@ -33,7 +34,7 @@ class Ranks:
     def total(self, number: float) -> float:
         if self.world == 1:
             return number
-        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(number, dtype=torch.float64)
         self._all(dist.all_reduce, tensor)
         return tensor.item()
 
@@ -41,9 +42,9 @@ class Ranks:
         """The ranks' lists, one after another, on every rank."""
         if self.world == 1:
             return rows
-        data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
-        self._all(dist.all_gather, sizes, torch.tensor([len(data)], device=self.device))
+        data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        self._all(dist.all_gather, sizes, torch.tensor([len(data)]))
         padded = data.new_zeros(int(max(sizes)))
         padded[:len(data)] = data
         parts = [torch.empty_like(padded) for _ in sizes]

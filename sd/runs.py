@@ -25,6 +25,7 @@ from sd.checkpoint import EMBEDDED, atomic, save_model, write_atomic
 from sd.config import Config
 from sd.lora import plain_weights, save_adapter
 from sd.metrics import Scores
+from sd.problems import Problem
 from sd.ranks import Ranks
 from sd.report import write_report
 
@@ -91,9 +92,13 @@ class RunFolder:
         self.best, self.done, self.evaluated_at, self.student = -1.0, 0, -1, None
         self.started = self.saved = time.time()
 
-    def begin(self, student, optimizer, teacher, steps: int) -> int:
-        """Called when everything that the user can get wrong has been read. Returns the step to go on from."""
-        self.student, self.optimizer, self.steps = student, optimizer, steps
+    def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
+        """Called when everything that the user can get wrong has been read. Returns the step to go on from.
+
+        Raises UserError if the run to resume has no whole state, or had other problems.
+        """
+        self.optimizer, self.steps = optimizer, steps
+        self.data = hashlib.sha256(json.dumps([asdict(p) for p in problems]).encode()).hexdigest()
         self.followed = dict(teacher.model.named_parameters()) if teacher.kind == "ema" else {}
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if self.resume:
@@ -102,6 +107,7 @@ class RunFolder:
             write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
         if not self.resume:
             self._save_state()              # the first evaluation may take long, and the run may end in it
+        self.student = student              # not before: what `close` writes must be this run's
         self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                   f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
                   (f", from step {self.done}" if self.resume else ""))
@@ -175,7 +181,7 @@ class RunFolder:
                 for name in ("metrics.jsonl", "rollouts.jsonl")}
         tensors = self._state()
         facts = {"step": self.done, "best": float(self.best), "evaluated_at": self.evaluated_at, "logs": logs,
-                 "seconds": time.time() - self.started}
+                 "seconds": time.time() - self.started, "data": self.data}
         facts["sha256"] = checksum(tensors, facts)
         with atomic(self.path / f"state-{self.done}.safetensors") as temporary:
             save_file(tensors, temporary, {"run": json.dumps(facts)})
@@ -190,6 +196,7 @@ class RunFolder:
 
     def _load_state(self) -> None:
         """Raises UserError if no state is whole, or if it is not one of this run's model."""
+        damaged: list[Path] = []
         for path in self._states():
             try:
                 with safe_open(path, "pt") as file:
@@ -199,9 +206,12 @@ class RunFolder:
                     raise ValueError("its checksum is wrong")
                 break
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-                self._say(f"{path}: damaged ({error}); the state before it is taken")
+                self._say(f"{path}: damaged ({error}); looking for the state before it")
+                damaged.append(path)
         else:
             raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
+        if facts.get("data") != self.data:
+            raise UserError(f"{self.path}: the problems in --data or --val are not those that this run began with; put them back")
         try:
             with torch.no_grad():
                 for name, p in self.trained.items():
@@ -222,6 +232,8 @@ class RunFolder:
         for name, size in facts["logs"].items():
             if (log := self.path / Path(name).name).exists():
                 os.truncate(log, min(size, log.stat().st_size))     # a larger size would fill it with zeros
+        for path in damaged:                                            # kept, but no longer one of the two states
+            path.rename(path.with_name(path.name + ".damaged"))
         for left in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
             left.unlink()                                           # half a file, ours or safetensors'
 

@@ -7,7 +7,8 @@ does not wait for a long one at full cost. Only temperature shapes the distribut
 log-probabilities that the loss relies on.
 
 Chance comes in as one uniform number per rollout and token, made beforehand from a seed. So a rollout does not depend on
-which others share its batch, on the number of processes, or on the device; and a resumed run needs no generator state.
+which others share its batch, on the number of processes, or on the device, but for rounding (in bfloat16 that is coarse:
+some rollouts in a hundred then part ways); and a resumed run needs no generator state.
 """
 import random
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
             keep = going.nonzero().squeeze(-1)
             if len(keep) == 0 or t == max_new_tokens - 1:
                 break
-            if len(keep) <= 0.75 * len(rows):       # copying the cache pays only if enough rows go
+            # copying the cache pays only if enough rows go; to compiled code a single row is a case of its own
+            if len(keep) <= 0.75 * len(rows) and (len(keep) > 1 or not compile):
                 cache.rows(keep)
                 rows, going, ids, positions = rows[keep], going[keep], ids[keep], positions[keep]
         logits = step(ids, positions, longest + t + 1)

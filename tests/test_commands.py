@@ -100,7 +100,7 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
 def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
     run = RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1), Ranks(torch.device("cpu")))
     student, _, _ = load(EMBEDDED)
-    run.begin(student, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4)
+    run.begin(student, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4, [])
     for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
         with torch.no_grad():
             student.model.norm.weight.fill_(step)
@@ -207,6 +207,11 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["train.py", "--cond", "ref", "--lr", "-1"], "--lr"), (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"),
     (["train.py", "--cond", "ref", "--steps", "-1"], "--steps"), (["train.py", "--cond", "grpo", "--group", "1"], "--group"),
     (["train.py", "--cond", "ref", "--divergence", "jsd", "--beta", "1"], "--beta"),
+    (["train.py", "--cond", "ref", "--device", "cpu:1"], "--device"), (["eval.py", "--device", "mps"], "--device"),
+    (["train.py", "--cond", "ref", "--device", "cuda:99"], "--device"), (["train.py", "--cond", "ref", "--seed", "9" * 20], "--seed"),
+    (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
+    (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
+    (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),
 ])
@@ -261,6 +266,17 @@ def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
     refused(here("train.py", "--cond", "ref", "--batch", "5000", "--out", tmp_path / "run"), "--batch 5000")
+
+
+def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
+    """A prompt with room for the student's tokens alone, and a problem that the symbolic critic cannot read."""
+    for cond, problem, told in (("ref", "1" * 430, "433 tokens"), ("critique", "7*8*9", "the symbolic critic cannot read it")):
+        row = json.dumps({"problem": problem, "answer": "1", "solution": "1"}) + "\n"
+        for split in ("data", "val"):
+            (tmp_path / split).write_text(row)
+        refused(here("train.py", "--cond", cond, "--batch", 1, "--data", tmp_path / "data", "--val", tmp_path / "val", "--out",
+                     tmp_path / "out"), told)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_diverging_run_names_the_step(tmp_path, here):

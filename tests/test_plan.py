@@ -81,6 +81,7 @@ def test_the_plan_knows_what_python_and_pytorch_take(trainer):
 def qwen3(tmp_path, monkeypatch):
     """Options of a run of the paper on a GPU, which need not be here; only config.json is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     return Config(**PRESETS["paper"], cond="ref", model=str(tmp_path))
 
@@ -108,7 +109,7 @@ def test_the_papers_setting_in_24_gib(qwen3):
 @pytest.mark.parametrize("more, part, factor", [
     ({"sample_batch": 16}, "phase: sampling, key/value cache", 0.5), ({"batch": 16, "sample_batch": 64}, "weights", 1),
     ({"micro_batch": 1}, "phase: the teacher's forward pass", 0.5), ({"lora_rank": 32}, "gradients", 0.5),
-    ({"lora_rank": 32}, "weights", 1), ({"teacher": "ema"}, "self-teacher", 1),
+    ({"lora_rank": 32}, "weights", 1), ({"teacher": "ema"}, "weights", 1),
     ({"sample_batch": 1, "micro_batch": 2}, "phase: training, activations and logits", 1)])
 def test_parts_follow_the_options(qwen3, more, part, factor):
     """--micro-batch counted only up to --sample-batch, though rollouts are scored all the same."""
@@ -117,9 +118,11 @@ def test_parts_follow_the_options(qwen3, more, part, factor):
 
 def test_parts_come_and_go_with_their_options(qwen3):
     base = needs(qwen3)
-    assert all("self-teacher" not in needs(replace(qwen3, **more)) for more in ({"teacher": "live"}, {"cond": "grpo"}))
-    both = needs(replace(qwen3, cond="critique", teacher="ema"))            # the critic stays the initial policy
-    assert both["self-teacher"] == 2 * base["self-teacher"]
+    assert all("self-teacher" not in needs(replace(qwen3, **more)) for more in ({}, {"teacher": "live"}, {"cond": "grpo"}))
+    ema = needs(replace(qwen3, cond="critique", teacher="ema"))             # the critic is the student with its adapter off
+    assert ema["self-teacher"] == base["adapter"]
+    whole = needs(replace(qwen3, cond="critique", teacher="ema", lora_rank=0, dtype="float32"))
+    assert whole["self-teacher"] == 2 * whole["weights"]                    # and the initial policy, of full size
     training = "phase: training, activations and logits"
     assert needs(replace(qwen3, recompute=False))[training] > 5 * base[training]
     assert needs(replace(qwen3, divergence="jsd"))[training] > base[training] > needs(replace(qwen3, cond="grpo"))[training]
@@ -151,10 +154,11 @@ def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank):
 def test_the_work_of_a_run_follows_the_options(qwen3):
     """By hand: 282 problems, 7 epochs and 32 a step make 61 steps; at 2 operations per weight and token."""
     token = 2 * 28 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
-    flop, moved = work(qwen3)["sampling"]
+    flop, moved, layers = work(qwen3)["sampling"]
+    assert layers == 61 * 2048 * 28
     assert flop == pytest.approx(61 * 32 * token * (PROMPT + 2048), rel=0.35) and flop > 61 * 32 * token * 2048
     assert moved > 61 * 2048 * 2 * token / 2                                # the weights, at every token of 61 batches
     grpo = work(replace(qwen3, cond="grpo"))
-    assert grpo["sampling"] == pytest.approx((8 * flop, 8 * moved)) and "teacher" not in grpo and "critic" not in grpo
+    assert grpo["sampling"] == pytest.approx((8 * flop, 8 * moved, 8 * layers)) and "teacher" not in grpo and "critic" not in grpo
     assert work(qwen3, ranks=2)["teacher"][0] == work(qwen3)["teacher"][0] / 2
     assert "critic" in work(replace(qwen3, cond="critique")) and "h\n" in plan(replace(qwen3, device="cuda")) + "\n"

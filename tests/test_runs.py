@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sd.checkpoint import EMBEDDED, load
 from sd.conditions import Teacher
 from sd.config import read_config
 from sd.lora import add_lora
+from sd.problems import read_problems
 from sd.ranks import Ranks
 from sd.runs import RunFolder, Signals, Stop
 
@@ -116,9 +118,10 @@ def open_run():
     add_lora(student, 4, 8, 1)                          # other numbers than the run's
 
     def begin(folder):
-        run = RunFolder(read_config(folder / "config.json"), Ranks(torch.device("cpu")), folder)
+        config = read_config(folder / "config.json")
+        run, problems = RunFolder(config, Ranks(torch.device("cpu")), folder), map(read_problems, map(Path, (config.data, config.val)))
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
-        return run, run.begin(student, optimizer, Teacher("ema", student, 0.9), STEPS)
+        return run, run.begin(student, optimizer, Teacher("ema", student, 0.9), STEPS, sum(problems, []))
     return begin
 
 
@@ -157,6 +160,28 @@ def test_without_a_whole_state_a_run_is_not_resumed(whole, tmp_path, here):
     assert "Traceback" not in text and (out / "metrics.jsonl").read_text() == metrics
 
 
+def test_a_resume_that_fails_leaves_the_run_as_it_was(whole, tmp_path, here):
+    """It wrote the untrained model to last/, and a state of step 0."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    for path in out.glob("state-*"):
+        flip(path, path.stat().st_size - 9)
+    before = {path: sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
+    code, text = here("--resume", out)
+    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: holds no whole state"), text
+    assert before == {path: sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
+
+
+def test_other_problems_than_the_runs_are_refused(whole, tmp_path, here):
+    out, data = tmp_path / "run", tmp_path / "train.jsonl"
+    shutil.copytree(whole[0] / "plain", out)
+    config = json.loads((out / "config.json").read_text())
+    data.write_text("".join(Path(config["data"]).read_text().splitlines(keepends=True)[:-1]))
+    (out / "config.json").write_text(json.dumps(config | {"data": str(data)}))
+    code, text = here("--resume", out)
+    assert code == 2 and "the problems in --data or --val are not those" in text and text.count("\n") == 1
+
+
 def test_a_state_of_another_model_is_refused(whole, tmp_path, here):
     out = tmp_path / "run"
     shutil.copytree(whole[0] / "plain", out)
@@ -183,7 +208,7 @@ def test_a_run_goes_on_with_other_options_of_memory_to_the_same_numbers(trainer,
                                atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {"lr": "1e-3"}, {"steps": 6.0}, {"cond": None}, "lacks",
+@pytest.mark.parametrize("change", [{"divergence": "foo"}, {"learning_rate": 1.0}, {"lr": "1e-3"}, {"steps": 6.0}, {"cond": None}, "lacks",
                                     "[]", "{", ""])
 def test_a_run_of_another_version_is_refused(whole, tmp_path, here, change):
     out = tmp_path / "run"
@@ -193,7 +218,8 @@ def test_a_run_of_another_version_is_refused(whole, tmp_path, here, change):
     text = json.dumps(config | change) if isinstance(change, dict) else json.dumps(config) if change == "lacks" else change
     (out / "config.json").write_text(text)
     code, text = here("--resume", out)
-    assert code == 2 and f"{out}/config.json: no run to resume" in text and text.count("\n") == 1
+    told = "--divergence must be one of" if "divergence" in change else f"{out}/config.json: no run to resume"
+    assert code == 2 and told in text and text.count("\n") == 1
     with pytest.raises(UserError):
         read_config(tmp_path / "none")
 
