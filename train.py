@@ -68,12 +68,12 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer,
         critic.batch(problems, [""] * len(problems), [False] * len(problems))       # tells now what it cannot read
         return critic
     if "://" in config.critic:
-        return ServerCritic(config.critic, "", config.critic_tokens)
+        return ServerCritic(config.critic, config.critic_tokens)
     if config.critic == "self":
         policy = teacher.model if config.teacher == "base" else initial_policy(student)
     else:
         policy, tokenizer, _ = load(config.critic, config.torch_dtype, config.torch_device)
-    return LocalCritic(policy, tokenizer, config.critic_tokens, config.critic_batch)
+    return LocalCritic(policy, tokenizer, config.critic_tokens, config.critic_batch, config.compile)
 
 
 def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> None:

@@ -41,6 +41,7 @@ KINDS, MASS = ("correct steps before", "wrong step up to error", "first wrong to
 LINEAR = 0.1            # the figures' scale is linear about 0 and logarithmic beyond: A_t goes from +0.1 to below -10
 SHOWN = 12              # rollouts on the page
 ROWS, MICRO = 400, 64   # rollouts sampled at once, and read at once
+INTERVAL, MINUS = "{mean:.2f} [{low:.2f}, {high:.2f}]", "\u2212"
 TEMPLATE = Path(__file__).parent / "assets/advantage.html"
 
 
@@ -102,38 +103,36 @@ def locate(pieces: list[str], step: Step, right: str | None) -> tuple[int, int, 
 
 
 @torch.no_grad()
-def read_again(model: Transformer, prompts: list[list[int]], ids: list[list[int]],
-               temperature: float) -> list[np.ndarray]:
-    """log model(y_t | prompt, y_<t) at the rollout temperature, in float32; one array (T) per rollout."""
-    out, chunk = [], max(1, CHUNK // model.config.vocab_size)
-    for at in range(0, len(prompts), MICRO):
-        part = ids[at:at + MICRO]
-        hidden = completion_hidden(model, prompts[at:at + MICRO], part)                         # (M, C)
-        tokens = torch.tensor([token for y in part for token in y], device=hidden.device)       # (M)
+def read_again(model: Transformer, rows: list[Row], name: str, temperature: float) -> None:
+    """Sets logp[name] of all rows: log model(y_t | prompts[name], y_<t) at the rollout temperature, in float32."""
+    chunk = max(1, CHUNK // model.config.vocab_size)
+    for some in (rows[at:at + MICRO] for at in range(0, len(rows), MICRO)):
+        hidden = completion_hidden(model, [row.prompts[name] for row in some], [row.ids for row in some])       # (M, C)
+        ids = torch.tensor([token for row in some for token in row.ids])                                        # (M)
         logp = torch.cat([losses.of_token(losses.log_probs(model.lm_head(h), temperature), y)
-                          for h, y in zip(hidden.split(chunk), tokens.split(chunk))])           # (M)
+                          for h, y in zip(hidden.split(chunk), ids.split(chunk))])                              # (M)
         if not logp.isfinite().all():
             raise UserError("the model's probabilities are not finite, so there is no advantage to look at")
-        out += [y.numpy() for y in logp.cpu().split([len(y) for y in part])]
-    return out
+        for row, y in zip(some, logp.split([len(row.ids) for row in some])):
+            row.logp[name] = y.numpy()
 
 
-def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem],
-         ids: list[list[int]], cut: list[bool], grpo: list[float], critics: dict[str, Critic],
-         temperature: float) -> list[Row]:
+def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem], ids: list[list[int]],
+         cut: list[bool], grpo: list[float], critics: dict[str, Critic], temperature: float) -> list[Row]:
     """Reads rollouts, one of each problem, under every context; those without a first wrong step are left out.
 
     The first of `critics` says which step is wrong and what it should be, so it is the one that quotes partially.
     """
     pieces = [tokenizer.pieces(y) for y in ids]
     texts, limit = ["".join(p) for p in pieces], teacher.config.max_position_embeddings - max(map(len, ids), default=0)
-    conds = {name: "critique" for name in critics} | ({"ref": "ref"} if all(p.solution for p in problems) else {})
-    told = {name: feedback(cond, problems, texts, cut, [], 1, critics.get(name), tokenizer, limit)
-            for name, cond in conds.items()}
-    rows, critiques = [], told[next(iter(critics))].critiques
+    told = {name: feedback("critique", problems, texts, cut, [], 1, critic, tokenizer, limit)
+            for name, critic in critics.items()}
+    rows, critiques = [], next(iter(told.values())).critiques
+    if all(p.solution for p in problems):
+        told["ref"] = feedback("ref", problems, texts, cut, [], 1, None, tokenizer, limit)
     for i, (problem, critique) in enumerate(zip(problems, critiques)):
         prompts = {name: of.teacher_prompts[i] for name, of in told.items()}
-        if critique.case != "D" or critique.wrong is None or None in prompts.values():      # None: a malformed critique
+        if critique.case != "D" or None in prompts.values():        # None: a malformed critique
             continue
         trace = parse(texts[i])
         place = locate(pieces[i], [*trace.steps, trace.answer][critique.wrong],
@@ -142,10 +141,7 @@ def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, probl
         prompts["student"] = tokenizer.student_prompt(problem.problem)
         rows.append(Row(problem, ids[i], pieces[i], *place, grpo[i], shown, prompts))
     for name in rows[0].prompts if rows else ():
-        logp = read_again(student if name == "student" else teacher, [row.prompts[name] for row in rows],
-                          [row.ids for row in rows], temperature)
-        for row, y in zip(rows, logp):
-            row.logp[name] = y
+        read_again(student if name == "student" else teacher, rows, name, temperature)
     return rows
 
 
@@ -153,9 +149,8 @@ def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, pr
             critics: dict[str, Critic], samples: int = 8, temperature: float = Config.temperature,
             max_new_tokens: int = Config.max_new_tokens, seed: int = 0) -> list[Row]:
     """Samples `samples` rollouts of every problem, which are a group of grpo's, and looks at the wrong ones."""
-    owners = [p for p in problems for _ in range(samples)]
-    rollouts = sample_in_parts(student, [tokenizer.student_prompt(p.problem) for p in problems], tokenizer.eos,
-                               max_new_tokens, temperature, samples,
+    owners, prompts = [p for p in problems for _ in range(samples)], [tokenizer.student_prompt(p.problem) for p in problems]
+    rollouts = sample_in_parts(student, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
                                uniforms(len(owners), max_new_tokens, seed, "advantage"), ROWS)
     if not rollouts.logprobs.isfinite().all():
         raise UserError("the solver's probabilities are not finite, so there is nothing to look at")
@@ -194,7 +189,7 @@ def summarise(rows: list[Row]) -> dict[str, dict]:
         out[name] = {MASS: ratio(np.bincount(owner, mass * inside), np.bincount(owner, mass))}          # (P), (P)
         for i, kind in enumerate(KINDS):
             of, some = kinds == i, a[kinds == i]
-            out[name][kind] = ratio(np.bincount(owner, a * of), np.bincount(owner, of)) if len(some) else None
+            out[name][kind] = ratio(np.bincount(owner, a * of), np.bincount(owner, of))
             if len(some):
                 out[name][kind] |= {"median": float(np.median(some)), "below": float((some < -0.5).mean()),
                                     "above": float((some > 0.5).mean()), "tokens": len(some)}
@@ -205,7 +200,7 @@ def table(summary: dict[str, dict]) -> str:
     """Contexts x kinds: mean A_t, its interval, and the share of tokens below -0.5; the rest is in the JSON."""
     lines = [" " * 8 + "".join(title.rjust(28) for title in (*KINDS, MASS))]
     for name, of in summary.items():
-        cells = ["{mean:.2f} [{low:.2f}, {high:.2f}] {below:5.0%}".format(**of[k]) if of[k] else "-" for k in KINDS]
+        cells = [(INTERVAL + " {below:5.0%}").format(**of[k]) if of[k] else "-" for k in KINDS]
         cells.append("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**of[MASS]) if of[MASS] else "-")
         lines.append(name.ljust(8) + "".join(cell.rjust(28) for cell in cells))
     return "\n".join(lines)
@@ -213,34 +208,28 @@ def table(summary: dict[str, dict]) -> str:
 
 def figure(summary: dict[str, dict]) -> str:
     """The means as an SVG of its own: bars with intervals, on a card that follows the reader's light or dark scheme."""
-    def scale(value: float) -> float:
-        return copysign(log1p(abs(value) / LINEAR), value)
-
-    def x(value: float) -> float:
-        return 84 + 224 * (scale(value) - lowest) / (highest - lowest)
-
+    scale = lambda value: copysign(log1p(abs(value) / LINEAR), value)
+    x = lambda value: 84 + 224 * (scale(value) - lowest) / (highest - lowest)
     means = [of[kind] for of in summary.values() for kind in KINDS if of[kind]]
     lowest, highest = scale(min(m["low"] for m in means) - LINEAR), scale(max(m["high"] for m in means) + LINEAR)
-    bars, y = [], 30
+    bars, y = "", 30
     for kind in KINDS:
-        bars.append(f'<text x="16" y="{y}" class="kind">{kind}</text>')
+        bars += f'<text x="16" y="{y}" class="kind">{kind}</text>'
         for name, of in summary.items():
             y += 18
-            bars.append(f'<text x="76" y="{y}" class="end">{escape(name)}</text>')
+            bars += f'<text x="76" y="{y}" class="end">{escape(name)}</text>'
             if m := of[kind]:
                 left, right = sorted((x(0), x(m["mean"])))
-                bars.append(
-                    f'<rect x="{left:.1f}" y="{y - 11}" width="{max(right - left, 1):.1f}" height="13" '
-                    f'class="{"above" if m["mean"] > 0 else "below"}"/>'
-                    f'<path d="M{x(m["low"]):.1f} {y - 8}v7m0 -3.5H{x(m["high"]):.1f}m0 -3.5v7" class="interval"/>' +
-                    '<text x="424" y="{}" class="end">{mean:.2f} [{low:.2f}, {high:.2f}]</text>'.format(y, **m))
+                bars += (f'<rect x="{left:.1f}" y="{y - 11}" width="{max(right - left, 1):.1f}" height="13" '
+                         f'class="{"above" if m["mean"] > 0 else "below"}"/>'
+                         f'<path d="M{x(m["low"]):.1f} {y - 8}v7m0 -3.5H{x(m["high"]):.1f}m0 -3.5v7" class="interval"/>'
+                         f'<text x="424" y="{y}" class="end">{INTERVAL.format(**m).replace("-", MINUS)}</text>')
         y += 34
     for tick in [v for v in (-10, -3, -1, -0.3, 0, 0.3, 1, 3, 10) if lowest <= scale(v) <= highest]:
-        bars.insert(0, f'<path d="M{x(tick):.1f} 34V{y - 26}" class="{"grid" if tick else "zero"}"/>'
-                       f'<text x="{x(tick):.1f}" y="{y - 12}" class="tick">{tick:g}</text>')
+        bars = (f'<path d="M{x(tick):.1f} 34V{y - 26}" class="{"grid" if tick else "zero"}"/>'
+                f'<text x="{x(tick):.1f}" y="{y - 12}" class="tick">{f"{tick:g}".replace("-", MINUS)}</text>') + bars
     svg = TEMPLATE.read_text().split("<!--FIGURE-->")[1].strip()
-    svg = svg.replace("HEIGHT", str(y + 30)).replace("NOTE", str(y + 6))
-    return svg.replace("<!--BARS-->", re.sub(r"(?<=[>[])-|(?<=, )-", "\u2212", "".join(bars))) + "\n"     # minus signs
+    return svg.replace("HEIGHT", str(y + 30)).replace("NOTE", str(y + 6)).replace("<!--BARS-->", bars) + "\n"
 
 
 def page(rows: list[Row], summary: dict[str, dict], facts: dict) -> str:
@@ -251,13 +240,13 @@ def page(rows: list[Row], summary: dict[str, dict], facts: dict) -> str:
     rollouts = [{"problem": r.problem.problem, "truth": r.problem.answer, "tokens": r.pieces, "grpo": r.grpo,
                  "kinds": r.kinds().tolist(), "start": r.start, "first": r.first, "end": r.end, "contexts": r.contexts,
                  "logp": {name: [round(float(v), 4) for v in logp] for name, logp in r.logp.items()}} for r in chosen]
-    data = script_json({"facts": facts, "kinds": KINDS, "mass": MASS, "linear": LINEAR, "summary": summary,
-                        "rollouts": rollouts})
+    data = {"facts": facts, "kinds": KINDS, "mass": MASS, "linear": LINEAR, "summary": summary, "rollouts": rollouts}
     before, _, between, after = re.split("<!--(?:FIGURE|DATA)-->", TEMPLATE.read_text())
-    return before + figure(summary) + between + data + after
+    return before + figure(summary) + between + script_json(data) + after
 
 
-def parse_args() -> argparse.Namespace:
+@command("sd.advantage")
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd.advantage", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=EMBEDDED, metavar="FOLDER",
@@ -275,12 +264,6 @@ def parse_args() -> argparse.Namespace:
     args.teacher = args.teacher or args.folder
     if min(args.samples - 1, args.max_new_tokens, args.problems) < 1 or not 0 < args.temperature < float("inf"):
         parser.error("--samples must be 2 or more, --max-new-tokens and --problems 1 or more, --temperature above 0")
-    return args
-
-
-@command("sd.advantage")
-def main() -> None:
-    args = parse_args()
     student, tokenizer, _ = load(args.folder)
     teacher, other, _ = load(args.teacher) if args.teacher != args.folder else (student, tokenizer, None)
     if tokenizer.fast.to_str() != other.fast.to_str():
@@ -292,10 +275,10 @@ def main() -> None:
         raise UserError(f"{args.folder}: no wrong rollout among {len(problems) * args.samples} of {len(problems)} "
                         f"{args.split} problems, so there is no error to look at; try more --samples")
     summary = summarise(rows)
-    named = {name: "the embedded solver" if folder == EMBEDDED else str(folder)
-             for name, folder in (("folder", args.folder), ("teacher", args.teacher))}
     facts = {name: value for name, value in vars(args).items() if name not in ("json", "html", "svg")}
-    facts |= named | {"problems": len(problems), "wrong": len(rows)}
+    facts |= {"problems": len(problems), "wrong": len(rows)}
+    for name in ("folder", "teacher"):
+        facts[name] = "the embedded solver" if facts[name] == EMBEDDED else str(facts[name])
     print("{folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, {samples} rollouts each\n"
           "mean A_t [95 % interval], share of tokens below -0.5".format(**facts))
     print(table(summary))

@@ -2,8 +2,8 @@ r"""Final answers: take one out of a trace, decide whether two are equal. Nothin
 
 A small reader for the LaTeX of short answers gives each a canonical string. A formula becomes its value modulo a prime,
 with a fixed random number for each letter: two formulas that are equal everywhere are equal there, two others almost
-never are (1e-60). So the comparison is exact, and 9^{999} costs no more than 9. Lists, intervals, matrices, equations
-and words are strings built around such values. What cannot be read is compared as text.
+never are (1e-60), and 9^{999} costs no more than 9. Lists, intervals, matrices, equations and words are strings built
+around such values. What cannot be read is compared as text.
 
 Conventions, after the answers of the MATH and GSM8K data: percent signs, currencies, degrees and units are dropped;
 lists and sets have no order, tuples have one; `5` is as good as `x = 5`, and `52` as `52_8`, but `y = 5` is another
@@ -25,22 +25,24 @@ from sd.steps import parse
 # are unique among the squares: what one expects of positive numbers.
 PRIME = 12 * prod(q for q in range(2, 170) if all(q % d for d in range(2, q))) - 1
 LENGTH, DEPTH = 400, 25             # longer or deeper answers are compared as text
-BINDING = {r"\cup": 1, "+": 2, "-": 2, r"\pm": 2, "*": 3, "/": 3, "^": 4}
+BINDING = {r"\cup": 1, "+": 2, "-": 2, "*": 3, "/": 3, "^": 4}
 RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", ":"}
 FUNCTIONS = {"\\" + name for name in "sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()}
 NAMES = {"\\" + name for name in "alpha beta gamma delta theta lambda mu phi pi psi rho sigma omega infty".split()}
+FACTORS = {"(", "{", r"\frac", r"\sqrt"} | FUNCTIONS | NAMES       # a sign of multiplication before them may be missing
 SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne", r"\cdot": "*",
              r"\times": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac", ";": ",", "and": ",", "or": ",",
-             "sqrt": r"\sqrt", "inf": r"\infty", **{name[1:]: name for name in FUNCTIONS | NAMES}}
-CHARACTERS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "²": "^2", "³": "^3", "π": r"\pi ", "θ": r"\theta ",
-                            "√": r"\sqrt ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge "})
+             "−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi", "θ": r"\theta", "√": r"\sqrt", "±": r"\pm",
+             "∞": r"\infty", "∪": r"\cup", "≤": r"\le", "≥": r"\ge", "sqrt": r"\sqrt", "inf": r"\infty",
+             **{name[1:]: name for name in FUNCTIONS | NAMES}}
 TEXT = r"\\(?:text[a-z]*|mbox|mathrm)\s*\{"
 NO_UNIT = r"(?!\s*(?:[ap]\.?\s*m\b|(?:" + "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))"
 UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
-# What makes no difference goes first, by regular expressions: thousands' separators as in 1{,}000 and 1,\!000, sizes of
-# brackets, units (in \text, then plain), \text itself, matrices (as [[1, 2], [3, 4]]), degrees, spacing, currencies.
+# What makes no difference goes first, by regular expressions: raised digits, thousands' separators as in 1{,}000 and
+# 1,\!000, sizes of brackets, units (in \text, then plain), \text itself, matrices (as [[1, 2], [3, 4]]), degrees,
+# spacing, currencies.
 CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
+    ("²", "^2"), ("³", "^3"), (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|math(?:bf|it)|displaystyle|phantom)(?![A-Za-z])", ""),
     (r"(?<=[\w)\]}])\s*" + TEXT + NO_UNIT + r"[^{}()\d,;]*\}" + UNIT_END, ""),
     (r"(?<=\d)\s+" + NO_UNIT + r"(?:[A-Za-z]{3,}|[ckm]?m|ft|in|k?g|lb|hr)(?:[ /]+[A-Za-z]+)*" + UNIT_END, ""),
@@ -53,39 +55,32 @@ CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
 TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}]|[A-Za-z]+|\*\*|[<>]=|\S)", re.ASCII)
 THOUSANDS = re.compile(r"\s*([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?)(?!,?\d)", re.ASCII)
 SYMBOL = re.compile(r"[A-Za-z]{1,2}(_\w)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+")
-BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)(?P<end>[$\n]?)|\\[{}\\]|[{}]")
-HASHES = re.compile(r"^[ \t]*####(.*)(\n?)", re.MULTILINE)
+BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)[$\n]|\\[{}\\]|[{}]")
+HASHES = re.compile(r"^[ \t]*####(.*)\n", re.MULTILINE)
 WRAPPED = re.compile(r"\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 # The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4); an int
 # modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
 Value = Fraction | int | list | str
 
 
-class Unreadable(Exception):
-    """Not in the subset, or too deep: compare as text."""
-
-
 def final_answer(trace: str, truncated: bool) -> str | None:
-    r"""The last `<answer>` of a trace; without one the last `\boxed{…}`, or else the last line `#### …`.
-
-    None if there is none, or if the tokens ran out before it was closed.
-    """
+    r"""The last `<answer>` of a trace, or else `\boxed{…}`, or else line `#### …`; None without one that is not cut off."""
     answer = parse(trace).answer
     if answer is not None:
-        found = "" if truncated and not answer.closed else boxed(answer.text, False) or answer.text
+        found = "" if truncated and not answer.closed else boxed(answer.text + "\n") or answer.text
     else:
-        lines = [line for line, newline in HASHES.findall(trace if "####" in trace else "") if newline or not truncated]
-        found = boxed(trace, truncated) or (lines[-1] if lines else "")
+        trace += "" if truncated else "\n"              # a line without an end may have gone on
+        found = boxed(trace) or (HASHES.findall(trace) or [""])[-1]
     wrapped = WRAPPED.fullmatch(found.strip())
     return (wrapped[wrapped.lastindex] if wrapped else found).strip() or None
 
 
-def boxed(text: str, truncated: bool) -> str:
-    r"""What the last `\boxed{…}` (or `\boxed 3`) holds; "" if there is none. Braces are matched, in one pass."""
-    found, starts = "", []
-    for match in BOXES.finditer(text if "box" in text else ""):
+def boxed(text: str) -> str:
+    r"""What the last `\boxed{…}` (or `\boxed 3` and the line's end) holds; "" if there is none. One pass."""
+    found, starts = "", []                              # of the braces that are open; None: not a box's
+    for match in BOXES.finditer(text):
         if match["bare"]:
-            found = match["bare"] if match["end"] or not truncated else found
+            found = match["bare"]
         elif match["box"] or match[0] == "{":
             starts.append(match.end() if match["box"] else None)
         elif match[0] == "}" and starts and (start := starts.pop()) is not None:
@@ -103,10 +98,9 @@ def equal(answer: str | None, truth: str) -> bool:
 
 def canonical(answer: str, bare: int = 0) -> str:
     """The same string for equal answers. `x =` is left out if `bare` is 1 or 2, the base of a number if it is 2."""
-    text = (boxed(answer, False) or answer).strip()
+    text = (boxed(answer + "\n") or answer).strip()
     if len(text) > LENGTH:
         return text
-    text = text.translate(CHARACTERS)
     for _ in range(3):                                  # a \text may hold another
         for pattern, replacement in CLEANING:
             text = pattern.sub(replacement, " ".join(text.split()))
@@ -115,47 +109,36 @@ def canonical(answer: str, bare: int = 0) -> str:
         token, at = match[1].replace(",", "") or ",", match.end()
         token = SPELLINGS.get(token, token.lower() if token.isalpha() and len(token) > 2 else token)
         depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
-        tokens.append(token)
+        tokens += [token] if len(token) > 2 or not token.isalpha() else token       # ab is a times b, abc a word
     values = []
     try:
-        for sign in "+-" if r"\pm" in tokens else "+":
-            items = Reader(tokens[:], bare, sign).items("")
+        for sign in "+-":                               # what ± stands for; the second time, only what is new counts
+            items = Reader([sign if token == r"\pm" else token for token in tokens], bare).items("")
             if not items:
-                raise Unreadable
-            values += items[0] if len(items) == 1 and isinstance(items[0], list) else items
-        return show(list({show(value): value for value in values}.values()) if r"\pm" in tokens else values)
-    except Unreadable:
+                raise ValueError("empty")
+            items = items[0] if len(items) == 1 and isinstance(items[0], list) else items
+            values += [value for value in items if value not in values]
+        return show(values)
+    except (ValueError, ZeroDivisionError):             # not in the subset, or too deep: compared as text
         return " ".join(tokens)
 
 
 def show(value: Value) -> str:
     if isinstance(value, list):
         return show(value[0]) if len(value) == 1 else "{" + ", ".join(sorted(map(show, value))) + "}"
-    if isinstance(value, str):
-        return value
-    for denominator in range(1, 100):                   # simple fractions are shown as such, for human readers
-        numerator = (residue(value) * denominator + PRIME // 2) % PRIME - PRIME // 2
-        if abs(numerator) < 10**12:
-            return str(Fraction(numerator, denominator))
-    return str(residue(value))
+    return value if isinstance(value, str) else f"#{residue(value)}"
 
 
 def residue(value: Value) -> int:
-    if isinstance(value, list | str):
-        raise Unreadable
     if isinstance(value, int):
         return value
-    if 2 * max(abs(value.numerator), value.denominator) ** 2 > PRIME:
-        raise Unreadable                                # below this bound, no two numbers have the same residue
+    if not isinstance(value, Fraction) or 2 * max(abs(value.numerator), value.denominator) ** 2 > PRIME:
+        raise ValueError("no number, or too long: only below this bound, no two have the same residue")
     return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
 
 
 def letter(name: str) -> int:
     return int(sha256(name.encode()).hexdigest(), 16) ** 2 % PRIME      # a square, so that the root of x^2 is x
-
-
-def negative(value: Value) -> Fraction | int:
-    return -value if isinstance(value, Fraction) else calculate(0, "-", value)
 
 
 def calculate(left: Value, operator: str, right: Value) -> Value:
@@ -164,43 +147,44 @@ def calculate(left: Value, operator: str, right: Value) -> Value:
     a, b, plain = residue(left), residue(right), isinstance(left, Fraction) and isinstance(right, Fraction)
     if operator == "^":
         return left if right == 1 else power(a, right)
-    if operator == "/" and b:
+    if operator == "/":
         return left / right if plain else a * pow(b, -1, PRIME) % PRIME
-    if operator == "/" or plain:
-        raise Unreadable                                # division by zero; unfinished
+    if plain:
+        raise ValueError("unfinished")
     return (a * b if operator == "*" else a + b if operator == "+" else a - b) % PRIME
 
 
 def power(base: int, exponent: Fraction | int) -> int:
     """Roots are taken among the squares. Any other number is minus a square: odd roots keep the sign."""
-    if isinstance(exponent, int) or not base or exponent.denominator > 100:
-        return letter(f"{base}^{show(exponent)}")       # 2^n: known by its parts only
+    if isinstance(exponent, int):
+        return letter(f"{base}^{exponent}")             # 2^n: known by its parts only
     root, squares = exponent.denominator, (PRIME - 1) // 2
-    if root > 1 and pow(base, squares, PRIME) == 1:
-        base = pow(base, pow(root, -1, squares), PRIME)
-    elif root > 1:
-        base = -pow(-base, pow(root, -1, squares), PRIME) if root % 2 else letter(f"root {root} of {base}")
+    inverse = pow(root, -1, squares)
+    if pow(base, squares, PRIME) < 2:                   # a square: 1; nothing: 0
+        base = pow(base, inverse, PRIME)
+    else:
+        base = -pow(-base, inverse, PRIME) if root % 2 else letter(f"root {root} of {base}")
     return pow(base, exponent.numerator, PRIME)
 
 
 class Reader:
-    """Recursive descent. Each method reads from the token `at` on and returns a value; `sign` is what ± stands for."""
+    """Recursive descent. Each method reads from the token `at` on and returns a value."""
 
-    def __init__(self, tokens: list[str], bare: int, sign: str):
-        self.tokens, self.bare, self.sign, self.at, self.depth = tokens, bare, sign, 0, 0
+    def __init__(self, tokens: list[str], bare: int):
+        self.tokens, self.bare, self.at, self.depth = tokens, bare, 0, 0
 
     @property
     def next(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def take(self, *expected: str) -> str:
+    def take(self, expected: str = "") -> str:
         token, self.at = self.next, self.at + 1
-        if not token or expected and token not in expected:
-            raise Unreadable
-        return self.sign if token == r"\pm" else token
+        if not token or expected not in ("", token):
+            raise ValueError(f"{token!r} instead of {expected!r}")
+        return token
 
-    def met(self, *tokens: str) -> bool:
-        return self.next in tokens and bool(self.take())
+    def met(self, token: str) -> bool:
+        return self.next == token and bool(self.take())
 
     def items(self, *closing: str) -> list[Value]:
         """Expressions, with = or < between them, and commas; up to a closing bracket or the end."""
@@ -221,51 +205,50 @@ class Reader:
     def expression(self, loosest: int = 1) -> Value:
         """Operands with operators that bind at least as tightly as `loosest`, by precedence climbing."""
         minus = False
-        while self.next in ("+", "-", r"\pm"):
+        while self.next in ("+", "-"):
             minus ^= self.take() == "-"
-        value = negative(self.expression(BINDING["*"])) if minus else self.operand()
+        value = self.expression(max(loosest, BINDING["*"])) if minus else self.operand()
+        if minus:
+            value = -value if isinstance(value, Fraction) else -residue(value) % PRIME
         while True:
-            # A factor needs no sign of multiplication; but a longer run of letters is a word.
-            factor = (self.next in ("(", "{", r"\frac", r"\sqrt") or self.next in FUNCTIONS | NAMES
-                      or self.next.isalpha() and len(self.next) < 3)
+            factor = self.next in FACTORS or len(self.next) == 1 and self.next.isalpha()
             operator = "*" if factor else self.next
             if BINDING.get(operator, 0) < loosest:
                 return value
-            operator = operator if factor else self.take()
+            if not factor:
+                self.take()
             right = self.argument() if operator == "^" else self.expression(BINDING[operator] + 1)
             value = calculate(value, operator, right)
 
     def argument(self, digit: bool = False) -> Value:
         r"""A group or a single token; of a number only the first digit with `digit`, as \frac43 is 4/3."""
-        if self.met("-"):
-            return negative(self.operand())
+        if self.next == "-":
+            return self.expression(BINDING["^"] + 1)
         if not self.next[-1:].isdecimal():
             return self.operand()
         if digit and len(self.next) > 1:
             self.tokens[self.at:self.at + 1] = self.next[0], self.next[1:]
         return Fraction(self.take())
 
+    def subscripted(self, name: str) -> str:
+        return f"{name}_{show(self.argument())}" if self.met("_") else name
+
     def operand(self) -> Value:
         """A number, a letter, a word, a function, or anything in brackets."""
         self.depth += 1
         token = self.take()
         if self.depth > DEPTH:
-            raise Unreadable
+            raise ValueError("too deep")
         if token[-1].isdecimal():
-            value = Fraction(token)
-            if self.met("_"):
-                base = show(self.argument())
-                value = value if self.bare == 2 else letter(f"{token}_{base}")
-            elif token.isdecimal() and self.next == r"\frac":       # 1\frac{4}{5} is 9/5, but 2\frac{x}{3} a product
+            name = self.subscripted(token)
+            value = Fraction(token) if name == token or self.bare == 2 else letter(name)
+            if name.isdecimal() and self.next == r"\frac":          # 1\frac{4}{5} is 9/5, but 2\frac{x}{3} a product
                 fraction = self.operand()
                 value = value + fraction if isinstance(fraction, Fraction) else calculate(value, "*", fraction)
-        elif token.isalpha() and len(token) > 2:
-            value = token
+        elif token in NAMES or len(token) == 1 and token.isalpha():
+            value = letter(self.subscripted(token))
         elif token.isalpha():
-            self.tokens[self.at - 1:self.at] = token                # ab^2 is a times b^2
-            value = letter(token[0] + ("_" + show(self.argument()) if self.met("_") else ""))
-        elif token in NAMES:
-            value = letter(token)
+            value = token
         elif token == r"\frac":
             value = calculate(self.argument(digit=True), "/", self.argument(digit=True))
         elif token == r"\sqrt":
@@ -275,7 +258,7 @@ class Reader:
                 self.take("]")
             value = calculate(self.argument(), "^", calculate(Fraction(1), "/", root))
         elif token in FUNCTIONS:
-            name = token + ("_" + show(self.argument()) if self.met("_") else "")
+            name = self.subscripted(token)
             exponent = self.argument() if self.met("^") else Fraction(1)
             inside = self.operand() if self.next == "(" else self.expression(BINDING["*"])
             value = calculate(letter(f"{name}({show(inside)})"), "^", exponent)
@@ -287,8 +270,8 @@ class Reader:
             elif items and kind in ("()", "[]", "(]", "[)"):
                 value = kind[0] + ", ".join(map(show, items)) + kind[1]
             else:
-                raise Unreadable
+                raise ValueError(f"no kind of brackets: {kind}")
         else:
-            raise Unreadable
+            raise ValueError(f"no operand: {token}")
         self.depth -= 1
         return value

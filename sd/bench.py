@@ -26,8 +26,9 @@ from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.compile import fused
 from sd.conditions import CHUNK, Feedback, Teacher, accumulate
 from sd.config import Config, pick_device
-from sd.lora import TARGETS, add_lora
-from sd.peers import Clock, speeds, transformers_generation, trl_step, words
+from sd.lora import add_lora
+from sd.peers import Clock, generation_times, transformers_generation, trl_step, words
+from sd.plan import parameters
 from sd.sampling import sample, uniforms
 
 VOCABULARY, LOSS_TOKENS = 151_936, 2048
@@ -37,40 +38,29 @@ PEERS = {"transformers": {"generation": "transformers generation"},
 NEVER = (-1,)           # an EOS that no model draws
 
 
-def projections(model) -> int:
-    """Weights that every token is multiplied with, the output projection aside."""
-    return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in TARGETS)
-
-
-def machine(args, device) -> dict:
+def machine(args, device, _) -> dict:
     """Bytes moved per second (read and written), and floating-point operations per second in the model's dtype."""
-    a = torch.rand(2 ** 26, device=device)
-    b, clock = torch.empty_like(a), Clock(device)
-    x = torch.randn(2048, 2048, device=device).to(args.torch_dtype)
+    a, x = torch.rand(2 ** 26, device=device), torch.randn(2048, 2048, device=device).to(args.torch_dtype)
+    b, clock = torch.empty_like(a), Clock()
     for i in range(5):
         with clock(f"copy {i}"):
             b.copy_(a)
         with clock(f"product {i}"):
             x @ x
-    best = lambda kind: min(s for name, s in clock.seconds.items() if name.startswith(kind))
+    best = lambda kind: min(s for name, s in clock.items() if name.startswith(kind))
     return {"copy GB/s": 8 * a.numel() / best("copy") / 1e9, "GFLOP/s": 2 * 2048 ** 3 / best("product") / 1e9}
 
 
-def generation(args, device) -> dict:
+def generation(args, device, _) -> dict:
     model, tokenizer, shape = load(args.model, args.torch_dtype, device)
-    prompts, clock = words(tokenizer, args.batch, args.prompt, 0), Clock(device)
-    draw = lambda n: sample(model, prompts, NEVER, n, 1.0, 1, uniforms(args.batch, n, 0), args.compile)
-    draw(args.tokens if args.compile else 2)            # what is set up once is not counted
-    with clock("prefill"):                              # and the first token
-        draw(1)
-    with clock("all"):
-        draw(args.tokens)
-    size = args.torch_dtype.itemsize
-    weights = (projections(model) + shape.vocab_size * shape.hidden_size) * size
-    slots = args.prompt + args.tokens / 2               # on average
+    prompts, size = words(tokenizer, args.batch, args.prompt, 0), args.torch_dtype.itemsize
+    times = generation_times(args, lambda new: sample(model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0),
+                                                      args.compile))
+    projections, slots = parameters(shape)[1], args.prompt + args.tokens / 2                    # on average
+    weights = (projections + shape.vocab_size * shape.hidden_size) * size
     cache = 2 * shape.num_hidden_layers * args.batch * slots * shape.num_key_value_heads * shape.head_dim * size
-    return speeds(clock, args) | {"least bytes per token": weights + cache, "flop, prefill":
-                                  2 * projections(model) * args.batch * args.prompt}
+    return times | {"flop": {"prefill": 2 * projections * args.batch * args.prompt},
+                    "bytes": {"decode": (weights + cache) * (args.tokens - 1)}}
 
 
 def step(args, device, cond: str) -> dict:
@@ -79,65 +69,59 @@ def step(args, device, cond: str) -> dict:
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2.0 * args.lora_rank, 0)
     config = Config(cond=cond, temperature=1.0, micro_batch=args.micro_batch, compile=args.compile)
-    teacher = Teacher(args.teacher if cond != "grpo" else "live", model, 0.95)
+    distilled, tokens = cond != "grpo", args.batch * args.tokens
+    teacher = Teacher(args.teacher if distilled else "live", model, 0.95)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
-    group = args.batch if cond == "grpo" else 1
+    group = 1 if distilled else args.batch
     prompts = words(tokenizer, args.batch // group, args.prompt, 0)
-    told = Feedback(advantages=[1.0, -1.0] * (args.batch // 2) + [1.0] * (args.batch % 2))
-    if cond != "grpo":
+    told = Feedback(advantages=[(-1.0) ** i for i in range(args.batch)])
+    if distilled:
         told = Feedback(teacher_prompts=[p + c for p, c in zip(prompts, words(tokenizer, args.batch, args.tokens, 1))])
-    inner = conditions.completion_hidden
+    noise, inner = uniforms(args.batch, args.tokens, 0), conditions.completion_hidden
+
+    def timed(*of):
+        with clock("student forward" if torch.is_grad_enabled() else "teacher"):
+            return inner(*of)
+    conditions.completion_hidden = timed
     for _ in range(2):
-        clock = Clock(device)
+        clock = Clock()
         with clock("sample"):
-            rollouts = sample(model, prompts, NEVER, args.tokens, 1.0, group, uniforms(args.batch, args.tokens, 0), args.compile)
+            rollouts = sample(model, prompts, NEVER, args.tokens, 1.0, group, noise, args.compile)
         if cond == "critique":
             with clock("critic"), torch.no_grad():      # it reads problem, trace and solution
                 sample(teacher.model, [t + p for t, p in zip(told.teacher_prompts, prompts)], NEVER, args.tokens, 0.0)
-
-        def timed(of, *rest):
-            with clock("student forward" if torch.is_grad_enabled() else "teacher"):
-                return inner(of, *rest)
-        conditions.completion_hidden = timed
         with clock("loss and backward"):
-            accumulate(model, teacher, [p for p in prompts for _ in range(group)], rollouts.completions(), told, config,
-                       args.batch * args.tokens)
-        conditions.completion_hidden = inner
+            accumulate(model, teacher, [p for p in prompts for _ in range(group)], rollouts.completions(), told, config, tokens)
         with clock("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
             teacher.update(model)
-    seconds = clock.seconds
-    seconds["loss and backward"] -= seconds["student forward"] + seconds.get("teacher", 0)
-    length = args.prompt + args.tokens
-    forward = 2 * projections(model) * args.batch * length
-    head = 2 * shape.vocab_size * shape.hidden_size * args.batch * args.tokens
-    flop = {"student forward": forward, "loss and backward": 2 * forward + 3 * head + (head if cond != "grpo" else 0)}
-    if cond != "grpo":
-        flop["teacher"] = 2 * projections(model) * args.batch * (length + args.tokens)
-    return {"seconds": seconds, "total": sum(seconds.values()), "tokens/s": args.batch * args.tokens / sum(seconds.values()),
-            "flop": flop}
+    conditions.completion_hidden = inner
+    clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
+    a_token, head = 2 * parameters(shape)[1], 2 * shape.vocab_size * shape.hidden_size * tokens
+    forward = a_token * args.batch * (args.prompt + args.tokens)
+    flop = {"student forward": forward, "loss and backward": 2 * forward + (3 + distilled) * head}
+    if distilled:
+        flop["teacher"] = a_token * args.batch * (args.prompt + 2 * args.tokens)
+    return {"seconds": clock, "flop": flop}
 
 
-def loss_alone(args, device, dense: bool) -> dict:
+def loss_alone(args, device, kind: str) -> dict:
     """Forward and backward of the default divergence from hidden states to their gradient, output projection included."""
-    C, clock = args.hidden, Clock(device)
+    C = args.hidden
     weight = (torch.randn(VOCABULARY, C, device=device) * C ** -0.5).requires_grad_()
     student, taught = torch.randn(2, LOSS_TOKENS, C, device=device)
     ids = torch.randint(VOCABULARY, (LOSS_TOKENS,), device=device)
-    per_token, chunk = losses.of_logits("forward", 0.5, 1.0), LOSS_TOKENS if dense else CHUNK // VOCABULARY
-    if args.compile and not dense:
+    per_token, chunk = losses.of_logits("forward", 0.5, 1.0), LOSS_TOKENS if kind == "dense" else CHUNK // VOCABULARY
+    if args.compile and kind != "dense":
         per_token = fused(per_token, device.type)
     for rows in (8, LOSS_TOKENS):                       # the first to warm up
-        clock.seconds.clear()
+        clock = Clock()
         with clock("loss"):
             top = student[:rows].clone().requires_grad_()
-            for part in (slice(at, min(at + chunk, rows)) for at in range(0, rows, chunk)):
-                other = taught[part] @ weight.detach().T
-                per_token(top[part] @ weight.T, other, ids[part]).sum().backward()
-                del other
-    return {"seconds": clock.seconds, "total": clock.seconds["loss"], "tokens/s": LOSS_TOKENS / clock.seconds["loss"],
-            "flop": {"loss": 4 * 2 * VOCABULARY * C * LOSS_TOKENS}}
+            for mine, other, y in zip(*(of[:rows].split(chunk) for of in (top, taught, ids))):
+                per_token(mine @ weight.T, other @ weight.detach().T, y).sum().backward()
+    return {"seconds": clock, "flop": {"loss": 4 * 2 * VOCABULARY * C * LOSS_TOKENS}}
 
 
 def measure(args, name: str) -> dict:
@@ -145,15 +129,13 @@ def measure(args, name: str) -> dict:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    kind = name.split()[-1]
-    if name in ("machine", "generation"):
-        out = {"machine": machine, "generation": generation}[name](args, device)
-    elif name.startswith("loss"):
-        out = loss_alone(args, device, kind == "dense")
-    elif name.startswith("transformers"):
-        out = transformers_generation(args, device)
-    else:
-        out = (trl_step if name.startswith("trl") else step)(args, device, kind)
+    first, kind = name.split()[0], name.split()[-1]
+    forms = {"machine": machine, "generation": generation, "loss": loss_alone, "transformers": transformers_generation,
+             "trl": trl_step}
+    out = forms.get(first, step)(args, device, kind)
+    if "seconds" in out:
+        total = sum(out["seconds"].values())
+        out |= {"total": total, "tokens/s": (LOSS_TOKENS if first == "loss" else args.batch * args.tokens) / total}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return out | {"peak bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident}
 
@@ -170,16 +152,12 @@ def in_a_process(args, name: str) -> dict:
 def table(results: dict) -> str:
     """One line per part and split; the share is of the copy bandwidth for decoding, of the matrix rate for the rest."""
     limit, lines = results["machine"], [f"{'':34s}{'seconds':>9s}{'tokens/s':>10s}{'peak GB':>9s}{'of limit':>10s}"]
-    for name, r in results.items():
-        if "seconds" not in r:
-            continue
-        total = sum(r["seconds"].values())
-        lines.append(f"{name:34s}{total:9.2f}{r['tokens/s']:10.1f}{r['peak bytes'] / 1e9:9.2f}")
+    for name, r in list(results.items())[1:]:
+        lines.append(f"{name:34s}{r['total']:9.2f}{r['tokens/s']:10.1f}{r['peak bytes'] / 1e9:9.2f}")
         for part, seconds in r["seconds"].items():
-            share, speed = r.get("flop", {}).get(part, r.get(f"flop, {part}", 0)) / seconds / limit["GFLOP/s"] / 1e9, ""
-            if part == "decode":
-                speed = f"{r['decode tokens/s']:10.1f}"
-                share = r.get("least bytes per token", 0) * r["steps"] / seconds / limit["copy GB/s"] / 1e9
+            speed = f"{r['decode tokens/s']:.1f}" if part == "decode" else ""
+            flop, moved = r.get("flop", {}).get(part, 0), r.get("bytes", {}).get(part, 0)
+            share = (flop / limit["GFLOP/s"] + moved / limit["copy GB/s"]) / 1e9 / seconds
             lines.append(f"  {part:32s}{seconds:9.2f}{speed:>10s}{'':9s}" + (f"{share:9.0%}" if share else ""))
     return "\n".join([f"copies {limit['copy GB/s']:.1f} GB/s, matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
 
@@ -219,13 +197,11 @@ def main(argv: list[str] | None = None) -> None:
     names = ["machine"] + [n for n in PARTS[1:] if n in args.parts.split(",")]
     names = [both for n in names for both in (n, PEERS.get(args.peer, {}).get(n)) if both]
     results: dict[str, dict] = {}
-    for _ in range(args.repeat):
-        for name in names:
-            print(f"… {name}", file=sys.stderr)
-            new = in_a_process(args, name)
-            time_of = lambda r: -r["copy GB/s"] if name == "machine" else sum(r["seconds"].values())
-            if name not in results or time_of(new) < time_of(results[name]):
-                results[name] = new | {"steps": args.tokens - 1}
+    for name in names * args.repeat:
+        print(f"… {name}", file=sys.stderr)
+        new, time_of = in_a_process(args, name), lambda r: r.get("total") or -r["copy GB/s"]
+        if name not in results or time_of(new) < time_of(results[name]):
+            results[name] = new
     print(table(results))
     if args.json:
         write_atomic(args.json, json.dumps(results, indent=1) + "\n")

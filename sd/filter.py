@@ -1,6 +1,7 @@
 """Keeps the problems that are hard for a solver: at most 4 of 16 rollouts right (the paper's Avg@16 < 5/16).
 
     python -m sd.problems filter --model Qwen3-1.7B --data all.jsonl --out hard.jsonl --samples 16 --max-correct 4
+    python -m sd.problems filter --model CRITIC --data hard.jsonl --out kept.jsonl --min-correct 1 --max-correct 16
 
 Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was stopped goes on there, and another
 --max-correct needs no new rollouts. Chance is made per problem, so neither order nor batch size changes a count.
@@ -10,6 +11,7 @@ import json
 import os
 import time
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,8 +19,9 @@ import torch
 from sd import UserError, command
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.compile import check_compile
 from sd.config import Config, pick_device
-from sd.problems import read_problems
+from sd.problems import Problem, read_problems
 from sd.sampling import sample, uniforms
 
 
@@ -31,34 +34,43 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
     command.add_argument("--samples", type=int, default=16, help="rollouts per problem (default: 16)")
     command.add_argument("--max-correct", type=int, default=4, help="of these at most so many right (default: 4)")
+    command.add_argument("--min-correct", type=int, default=0, help="and at least so many: what a critic can solve (default: 0)")
     command.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="(default: 2048)")
     command.add_argument("--sample-batch", type=int, default=64, help="rollouts sampled at once (default: 64)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    command.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
     args = parser.parse_args()
+    if args.compile:
+        check_compile(pick_device(args.device))
     if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 < args.temperature < float("inf"):
         parser.error("--samples, --max-new-tokens, --sample-batch and --temperature must be above 0")
     return args
 
 
 def known_counts(path: Path, settings: dict) -> dict[str, int]:
-    """What an earlier run counted, a half-written last line aside. Raises UserError if it counted something else."""
+    """`key` of a problem -> what an earlier run counted, a half-written last line aside. Raises UserError if it counted
+    with other settings."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")
     try:
+        lines = path.read_text(encoding="utf-8").split("\n")
         first, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:-1]]
-        counts = {row["id"]: row["correct"] for row in rows}
-    except (ValueError, KeyError, TypeError):
+        counts = {str(row["problem"]): int(row["correct"]) for row in rows}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not the counts of an earlier run; remove it or choose another --out") from None
     if first != settings:
         differ = [key for key in settings if not isinstance(first, dict) or first.get(key) != settings[key]]
         raise UserError(f"{path}: counted with another {', '.join(differ)}; remove it or choose another --out")
-    with open(path, "rb+") as file:                         # a line that was being written when the run was killed
-        file.truncate(len("\n".join(lines[:-1] + [""]).encode()))
+    os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))       # a line half written when the run was killed goes
     return counts
+
+
+def key(p: Problem) -> str:
+    """Not its id: that may stay while the problem changes."""
+    return sha256(json.dumps([p.problem, p.answer]).encode()).hexdigest()[:16]
 
 
 @command("sd.problems")
@@ -66,13 +78,14 @@ def main() -> None:
     args = parse_args()
     problems = read_problems(args.data)
     model, tokenizer, shape = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    settings = {name: str(getattr(args, name)) for name in ("model", "data", "samples", "temperature", "max_new_tokens", "seed")}
+    counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
+    settings = {name: str(getattr(args, name)) for name in counted}
     path, start = args.out.with_name(args.out.name + ".counts.jsonl"), time.time()
     counts = known_counts(path, settings)
     if not counts:
         write_atomic(path, json.dumps(settings) + "\n")
-    todo = [p for p in problems if p.id not in counts]
-    per_call = max(1, args.sample_batch // args.samples)
+    todo, per_call = [p for p in problems if key(p) not in counts], max(1, args.sample_batch // args.samples)
+    kept = lambda count: args.min_correct <= count <= args.max_correct
     for at in range(0, len(todo), per_call):
         part = todo[at:at + per_call]
         prompts = [tokenizer.student_prompt(p.problem) for p in part]
@@ -81,18 +94,19 @@ def main() -> None:
                 raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
                                 f"{shape.max_position_embeddings} tokens; remove it or lower that")
         noise = [uniforms(args.samples, args.max_new_tokens, args.seed, "filter", p.id) for p in part]
-        out = sample(model, prompts, tokenizer.eos, args.max_new_tokens, args.temperature, args.samples, torch.cat(noise))
+        out = sample(model, prompts, tokenizer.eos, args.max_new_tokens, args.temperature, args.samples, torch.cat(noise),
+                     args.compile)
         texts, cut = map(tokenizer.decode, out.completions()), out.truncated.tolist()
-        right = [equal(final_answer(text, c), part[i // args.samples].answer) for i, (text, c) in enumerate(zip(texts, cut))]
+        answers = [final_answer(text, c) for text, c in zip(texts, cut)]
         with open(path, "a", encoding="utf-8") as file:
             for i, p in enumerate(part):
-                counts[p.id] = sum(right[i * args.samples:(i + 1) * args.samples])
-                file.write(json.dumps({"id": p.id, "correct": counts[p.id]}) + "\n")
+                counts[key(p)] = sum(equal(a, p.answer) for a in answers[i * args.samples:(i + 1) * args.samples])
+                file.write(json.dumps({"id": p.id, "problem": key(p), "correct": counts[key(p)]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         done, seconds = at + len(part), time.time() - start
-        print(f"{len(counts)} of {len(problems)}  hard {sum(c <= args.max_correct for c in counts.values())}  "
+        print(f"{len(problems) - len(todo) + done} of {len(problems)}  kept {sum(map(kept, counts.values()))}  "
               f"{seconds:.0f} s, {seconds / done * (len(todo) - done):.0f} s left", flush=True)
-    hard = [p for p in problems if counts[p.id] <= args.max_correct]
+    hard = [p for p in problems if kept(counts[key(p)])]
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
-    print(f"{args.out}: {len(hard)} of {len(problems)} problems, at most {args.max_correct} of {args.samples} right")
+    print(f"{args.out}: {len(hard)} of {len(problems)} problems, {args.min_correct} to {args.max_correct} of {args.samples} right")

@@ -6,27 +6,26 @@ Above them is what both sides use: the clock and the prompts.
 import os
 import random
 import time
+from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from sd.checkpoint import load
+from sd.tokenizer import Tokenizer
 
 
-class Clock:
-    """Seconds by name, summed; waits for the device at both ends."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+class Clock(Counter):
+    """Name -> seconds, summed; waits for the GPU, if one is used, at both ends."""
 
     @contextmanager
     def __call__(self, name: str):
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
         wait()
         start = time.perf_counter()
         yield
         wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self[name] += time.perf_counter() - start
 
 
 def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
@@ -37,26 +36,25 @@ def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
     return [rng.choices(whole, k=tokens) for _ in range(rows)]
 
 
-def speeds(clock: Clock, args) -> dict:
-    prefill, everything = clock.seconds["prefill"], clock.seconds["all"]
-    decode = max(everything - prefill, 1e-9)            # two noisy numbers
-    return {"seconds": {"prefill": prefill, "decode": decode}, "decode tokens/s": args.batch * (args.tokens - 1) / decode,
-            "tokens/s": args.batch * args.tokens / everything}
-
-
-def transformers_generation(args, device) -> dict:
-    from transformers import AutoModelForCausalLM
-    _, tokenizer, _ = load(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.torch_dtype).to(device).train(False)
-    ids, clock = torch.tensor(words(tokenizer, args.batch, args.prompt, 0), device=device), Clock(device)
-    draw = lambda n: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
-                                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-    draw(2)
+def generation_times(args, draw) -> dict:
+    """Of `draw(n)`, which generates n tokens: for the prompts with the first token, and for all further ones."""
+    clock = Clock()
+    draw(args.tokens if args.compile else 2)            # what is set up once is not counted
     with clock("prefill"):
         draw(1)
     with clock("all"):
         draw(args.tokens)
-    return speeds(clock, args)
+    prefill, decode = clock["prefill"], max(clock["all"] - clock["prefill"], 1e-9)      # two noisy numbers
+    return {"seconds": {"prefill": prefill, "decode": decode}, "decode tokens/s": args.batch * (args.tokens - 1) / decode}
+
+
+def transformers_generation(args, device, _) -> dict:
+    from transformers import AutoModelForCausalLM
+    ids = torch.tensor(words(Tokenizer(Path(args.model) / "tokenizer.json"), args.batch, args.prompt, 0), device=device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.torch_dtype).to(device).train(False)
+    return generation_times(args, lambda new: model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0,
+        top_k=0, top_p=1.0, pad_token_id=0))
 
 
 def trl_step(args, device, cond: str) -> dict:
@@ -64,7 +62,7 @@ def trl_step(args, device, cond: str) -> dict:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
     from transformers import TrainerCallback
-    _, tokenizer, _ = load(args.model)
+    tokenizer = Tokenizer(Path(args.model) / "tokenizer.json")
     common = dict(output_dir="/tmp/sd-bench-trl", per_device_train_batch_size=args.batch, max_completion_length=args.tokens,
                   generation_kwargs={"min_new_tokens": args.tokens}, max_steps=2, learning_rate=1e-6, temperature=1.0,
                   bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", use_cpu=device.type == "cpu",
@@ -78,19 +76,18 @@ def trl_step(args, device, cond: str) -> dict:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
         shown = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.tokens, 1)]
         trainer = SDFTTrainer(args.model, SDFTConfig(num_generations=1, teacher_model_kind=args.teacher, top_k=0,
-                              distillation_mode="full_logits", teacher_prompt_template="{prompt}{privileged_context}", **common),
-                              Dataset.from_dict({"prompt": texts, "privileged_context": shown}))
-    clock = Clock(device)
+                              teacher_prompt_template="{prompt}{privileged_context}", distillation_mode="full_logits",
+                              **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}))
+    clock = Clock()
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_, **__):
+            clock.clear()                               # the first step warms up
             self.running = clock("step")
             self.running.__enter__()
 
         def on_step_end(self, *_, **__):
-            clock.seconds.pop("step", None)             # the first step warms up
             self.running.__exit__(None, None, None)
     trainer.add_callback(Watch())
     trainer.train()
-    return {"seconds": clock.seconds, "total": clock.seconds["step"],
-            "tokens/s": args.batch * args.tokens / clock.seconds["step"]}
+    return {"seconds": clock}

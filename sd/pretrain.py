@@ -26,10 +26,10 @@ from sd import steps
 from sd import times_table as tt
 from sd.checkpoint import EMBEDDED, load, read_config, save_model, write_atomic
 from sd.config import Config
-from sd.lora import plain_weights
 from sd.metrics import evaluate
 from sd.model import Transformer
 from sd.problems import Problem, read_problems
+from sd.sampling import pad
 from sd.tokenizer import CONTROL, Tokenizer
 
 WORDS = 0.2                             # share of the solver's traces that are in words and interleaved
@@ -37,44 +37,45 @@ SLIP = 0.4                              # share of context examples with wrong p
 MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
 FOLLOW = 1 / 3                          # share of reference examples whose trace follows the reference: its order, in words
-CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-          "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
-          "attention_bias": False, "hidden_act": "silu", "torch_dtype": "float32"}
+STEPS, BATCH, LR = 12, 96, 2e-3         # step numbers that have a token; examples of a training step; its learning rate
+CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+          "max_position_embeddings": 512, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu",
+          "torch_dtype": "float32"}
 
 
-def build_tokenizer(path: Path, last_step: int = 12) -> Tokenizer:
+def build_tokenizer(path: Path) -> Tokenizer:
     """A fixed list of pieces, longest first, any other character unknown. Digits are single tokens, so that addition is
     learned as an algorithm; one tag token closes a step and opens the next."""
-    tags = [f"<step_{k}> " for k in range(1, last_step + 1)] + ["<answer> ", " </answer>"]
-    for k in range(1, last_step + 1):
+    tags = [f"<step_{k}> " for k in range(1, STEPS + 1)] + ["<answer> ", " </answer>"]
+    for k in range(1, STEPS + 1):
         tags += [f" </step_{k}>\n<step_{k + 1}> ", f" </step_{k}>\n<answer> ", f" </step_{k}>"]
     words = [" times ", " is ", " plus ", " gives ", "first ", ", then ", " multiplied by ", " makes ", ", so ", "correct"]
     pieces = tags + words + [" + ", "*", "+", "=", " ", "\n", *"0123456789"]
-    ordered = sorted(pieces, key=len, reverse=True)
+    pattern = "|".join(sorted(pieces, key=len, reverse=True)).replace("*", r"\*").replace("+", r"\+") + "|."
     fast = FastTokenizer(models.WordLevel({t: i for i, t in enumerate(CONTROL + pieces)}, unk_token="<unk>"))
-    escape = lambda text: "".join("\\" + c if c in "*+\\.|()[]?^$" else c for c in text)
-    fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(escape, ordered)) + "|."), "isolated")
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     fast.decoder = decoders.Fuse()
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     write_atomic(path, fast.to_str())
     return Tokenizer(path)
 
 
-def random_pairs(rng: random.Random, products: int = 3) -> list[tt.Pair]:
-    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(tt.PAIRS, products)]
+def random_pairs(rng: random.Random) -> list[tt.Pair]:
+    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(tt.PAIRS, 3)]
+
+
+def written(equations: list[tt.Equation]) -> str:
+    return steps.render(list(map(str, equations)), str(equations[-1].value))
 
 
 def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[bool]]:
     """One training example: prompt ids, completion ids (EOS included), and which completion tokens are targets."""
-    pairs = random_pairs(rng)
-    words = rng.random() < WORDS
-    order = list(pairs)
-    problem = tt.write_problem(pairs)
+    pairs = order = random_pairs(rng)
+    words, problem = rng.random() < WORDS, tt.write_problem(pairs)
     if kind is None:
-        equations = tt.derive(tt.State(order), words, words, lambda pair: tt.belief(pair, rng))
-        text = steps.render(list(map(str, equations)), str(equations[-1].value))
-        ids = tokenizer.encode(text) + [tokenizer.eos[0]]
+        equations = tt.derive(tt.State(list(pairs)), words, words, lambda pair: tt.belief(pair, rng))
+        ids = tokenizer.encode(written(equations)) + [tokenizer.eos[0]]
         return tokenizer.student_prompt(problem), ids, [True] * len(ids)
 
     given = {pair: rng.randint(4, 144) if tt.key(pair) in tt.HARD or rng.random() < 1 / 3 else pair[0] * pair[1]
@@ -85,8 +86,7 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
         if rng.random() < FOLLOW:
             order, words = author, True
     else:
-        critique = tt.derive(tt.State(list(order)), words, words, given.get)
-        context = steps.render(list(map(str, critique)), str(critique[-1].value))
+        context = written(tt.derive(tt.State(list(pairs)), words, words, given.get))
     slips = set(rng.sample(pairs, rng.choice([1, 1, 2, 3]))) if rng.random() < SLIP else set()
     taken, values, masked = [], dict(given), {}                 # the products as the trace has them; masked: their slips
     for pair in order:
@@ -97,8 +97,8 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
         elif pair in slips:
             values[pair], masked[pair] = rng.choice(tt.usual_mistakes(tt.key(pair))), ("value",)
         taken.append(pair)
-    equations = tt.derive(tt.State(list(taken)), words, words, values.get)
-    text = steps.render(list(map(str, equations)), str(equations[-1].value))
+    equations = tt.derive(tt.State(taken), words, words, values.get)
+    text = written(equations)
     encoding = tokenizer.fast.encode(text, add_special_tokens=False)
     target = [True] * (len(encoding.ids) + 1)
     for step, equation in zip(steps.parse(text).steps, equations):
@@ -113,60 +113,54 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
 
 def collate(examples: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids (B, T), and labels (B, T): the next token where it is a target, -100 elsewhere."""
-    width = max(len(p) + len(c) for p, c, _ in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full((len(examples), width), -100)
+    ids = pad([prompt + completion for prompt, completion, _ in examples], "cpu")
+    labels = torch.full_like(ids, -100)
     for row, (prompt, completion, target) in enumerate(examples):
-        ids[row, :len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         wanted = torch.where(torch.tensor(target), torch.tensor(completion), -100)
         labels[row, len(prompt) - 1:len(prompt) + len(completion) - 1] = wanted
     return ids, labels
 
 
-def train_solver(folder: Path, seed: int, steps_total: int, width: int = 128, batch: int = 96, lr: float = 2e-3) -> Transformer:
+def train_solver(folder: Path, seed: int, steps_total: int, width: int) -> None:
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    tokenizer = build_tokenizer(folder / "tokenizer.json")
-    config = CONFIG | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos[0]}
+    rng, tokenizer = random.Random(seed), build_tokenizer(folder / "tokenizer.json")
+    config = CONFIG | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": tokenizer.vocab_size,
+                       "eos_token_id": tokenizer.eos[0]}
     write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     model = Transformer(read_config(folder))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     start = time.time()
     for step in range(steps_total):
         scale = min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps_total)))
-        optimizer.param_groups[0]["lr"] = lr * scale
-        plain = collate([example(None, rng, tokenizer) for _ in range(batch // 2)])
-        context = collate([example(kind, rng, tokenizer) for kind in ("ref", "critique") for _ in range(batch // 4)])
-        losses = [F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in
-                  (plain, context)]
-        counts = [(labels >= 0).sum() for _, labels in (plain, context)]
-        loss = sum(losses) / sum(counts)
+        optimizer.param_groups[0]["lr"] = LR * scale
+        losses, counts = [], []
+        for kinds in [None] * (BATCH // 2), ["ref"] * (BATCH // 4) + ["critique"] * (BATCH // 4):
+            ids, labels = collate([example(kind, rng, tokenizer) for kind in kinds])                # (B, T), (B, T)
+            losses.append(F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum"))
+            counts.append((labels >= 0).sum())
         optimizer.zero_grad()
-        loss.backward()
+        (sum(losses) / sum(counts)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 49:
-            eta = (time.time() - start) / (step + 1) * (steps_total - step - 1)
-            print(f"step {step + 1}/{steps_total}  loss without context {losses[0] / counts[0]:.4f}  "
-                  f"with {losses[1] / counts[1]:.4f}  {time.time() - start:.0f} s, {eta:.0f} s left", flush=True)
-            if step % 500 == 499:
-                save_model(folder, plain_weights(model), folder, step=step + 1)
-    save_model(folder, plain_weights(model), folder, step=steps_total)
-    return model
+            seconds = time.time() - start
+            print(f"step {step + 1}/{steps_total}  loss without context {losses[0] / counts[0]:.4f}  with "
+                  f"{losses[1] / counts[1]:.4f}  {seconds:.0f} s, {seconds / (step + 1) * (steps_total - step - 1):.0f} s left",
+                  flush=True)
+    save_model(folder, dict(model.named_parameters()), folder, step=steps_total)
 
 
 def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     """Writes train, val and test: new sums of three products that the solver gets right less than 5 times out of 16.
 
-    Disjoint as sets of facts: no two problems, in one split or across, have the same three products in any order. The
-    reference solution is an independent author's: always in other words, half of the time in the problem's own order
-    and otherwise in a random one (a share fixed before any result was seen).
+    No two problems, in one split or across, have the same three products in any order. The reference solution is an
+    independent author's: always in other words, in the problem's own order or, half of the time, in a random one (a share
+    fixed before any result was seen).
     """
-    rng, found, seen = random.Random(f"{seed} problems"), [], set()
-    wanted = sum(SPLITS.values())
+    rng, wanted, found, seen = random.Random(f"{seed} problems"), sum(SPLITS.values()), [], set()
     while len(found) < wanted:
         candidates = []
         for _ in range(100):
@@ -187,15 +181,6 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: 
         found = found[count:]
 
 
-def report(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """Prints how good the solver is without a context, with a reference and with a critique, on validation problems."""
-    for context, name in ((None, "no context"), ("ref", "reference"), ("critique", "critique")):
-        scores = evaluate(model, tokenizer, read_problems(folder / "val.jsonl"), 4, Config.temperature,
-                          Config.max_new_tokens, seed, context)
-        print(f"validation problems, {name:10s}  Avg@4 {100 * scores.avg.mean():5.1f}  "
-              f"length {scores.lengths.mean():.1f}  truncated {scores.truncated.mean():.1%}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder to write (default: the embedded solver's own)")
@@ -209,8 +194,11 @@ def main() -> None:
     model, tokenizer, _ = load(args.out)
     if args.only in (None, "problems"):
         make_problems(args.out, model, tokenizer, args.seed)
-    if args.only != "solver":
-        report(args.out, model, tokenizer, args.seed)
+    for context in (None, "ref", "critique") if args.only != "solver" else ():
+        scores = evaluate(model, tokenizer, read_problems(args.out / "val.jsonl"), 4, Config.temperature,
+                          Config.max_new_tokens, args.seed, context)
+        print(f"validation problems, {context or 'no context':10s}  Avg@4 {100 * scores.avg.mean():5.1f}  "
+              f"length {scores.lengths.mean():.1f}  truncated {scores.truncated.mean():.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 The critic reads problem, trace and ground truth and writes the trace as it should have been (cases A-D of critic.py),
 greedily, once per rollout. `align` keeps what stands in step tags: its thinking and all other text are dropped.
 
-Simplified: the case is read off the text, not asked for, by comparing the words of steps: a reworded step counts as
-corrected. A critique that must not teach says why in `malformed`; it is neither repaired nor asked for again.
+Simplified: the case is read off the words of the steps, so that a reworded step counts as corrected. A critique that
+must not teach says why in `malformed`; it is neither repaired nor asked for again.
 """
 import json
 import os
@@ -12,11 +12,9 @@ import random
 import re
 import threading
 import time
-from contextlib import nullcontext
 from http.client import HTTPException
 from queue import SimpleQueue
-from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_opener
 
 from sd import UserError
 from sd.answers import equal, final_answer
@@ -71,20 +69,17 @@ def prompt(problem: Problem, text: str, truncated: bool) -> str:
             f"{line} ground truth\n{truth}\n{line} your reply\n")
 
 
-def align(problem: Problem, text: str, truncated: bool, output: str) -> Critique:
-    """What the scribe wrote about the trace `text`, thinking removed, as a Critique. Never raises.
+def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool = False) -> Critique:
+    """What the scribe wrote about the trace `text`, thinking removed, as a Critique; `cut` off or not. Never raises.
 
     The last answer counts, with the steps since the answer before it: a trace quoted first is not part of the critique.
-    Each of the solver's steps is looked for in what is left of the critique's, so insertions do not matter. The first
-    that is not found was corrected (or dropped, or reworded):
+    Each of the solver's steps is looked for in what is left of the critique's. The first that is not found was corrected
+    (or dropped, or reworded):
 
         no answer by the solver        C, wrong None: a step that is gone may be condensed as well as wrong
         wrong answer                   D, wrong = that step, or len(steps) if all were found
         right answer, one not found    B, wrong = that step: the teacher disagrees there, for whatever reason
         right answer, all found        A, or B if the critique has more steps; wrong None
-
-    Malformed: "empty", "echo of the prompt", "cut off", "no steps", and "wrong answer": a critic that contradicts the
-    ground truth it was given does not teach. `text` is then how the output began, for the log.
     """
     flat, answer = _words(output), parse(output).answer
     before = parse(output[:answer.start] if answer else output)
@@ -94,21 +89,18 @@ def align(problem: Problem, text: str, truncated: bool, output: str) -> Critique
     parts = steps + ([answer.text] if answer else [])
     placeholder = any(("." in part or "…" in part) and not any(map(str.isalnum, part)) for part in parts)
     example = HERO in " ".join(parts) and HERO not in f"{problem.problem} {problem.solution} {text}"
-    for reason, found in [("empty", not flat),
+    for reason, found in [("cut off", cut), ("empty", not flat),
                           ("echo of the prompt", placeholder or example or any(r in flat for r in RULES.splitlines())),
                           ("cut off", answer is None or not answer.closed), ("no steps", not steps),
-                          ("wrong answer", answer and not equal(answer.text, problem.answer))]:
+                          ("wrong answer", answer and not equal(answer.text, problem.answer))]:     # though given it
         if found:
-            return _malformed(reason, output)
+            return Critique("", output[:2000], malformed=reason)        # its text is for the log
 
-    written, copies, at, wrong = parse(text).steps, list(map(_words, steps)), 0, None
+    written, copies = parse(text).steps, map(_words, steps)
     if truncated and written and not written[-1].closed and written[-1].end == len(text):
         written.pop()                                       # cut off in mid-step: unfinished, not wrong
-    for i, step in enumerate(written):
-        if _words(step.text) not in copies[at:]:
-            wrong = i
-            break
-        at = copies.index(_words(step.text), at) + 1
+    # `in` goes on from where the step before was found, so that insertions do not matter
+    wrong = next((i for i, step in enumerate(written) if _words(step.text) not in copies), None)
     critique, given = render(steps, answer.text), final_answer(text, truncated)
     if given is None:
         return Critique("C", critique)
@@ -117,23 +109,17 @@ def align(problem: Problem, text: str, truncated: bool, output: str) -> Critique
     return Critique("A" if wrong is None and len(steps) == len(written) else "B", critique, wrong)
 
 
-def _malformed(reason: str, output: str = "") -> Critique:
-    return Critique("", output[:2000], malformed=reason)
-
-
 def _words(text: str) -> str:
     return " ".join(CONTROL.sub("< ", text).split())
 
 
 class LocalCritic:
-    """A model on this machine; in the context `frozen` its weights are the frozen ones (LoRA switched off).
+    """A model on this machine, which thinks first if it can. Raises UserError if it speaks no ChatML or has no room."""
 
-    Raises UserError if the model has no positions for a prompt beside `max_new_tokens`.
-    """
-
-    def __init__(self, model, tokenizer, max_new_tokens: int, rows: int, frozen=nullcontext, thinking: bool = True):
+    def __init__(self, model, tokenizer, max_new_tokens: int, rows: int, compile: bool = False):
         self.model, self.tokenizer, self.max_new_tokens, self.rows = model, tokenizer, max_new_tokens, rows
-        self.frozen, self.thinking = frozen, thinking and tokenizer.think_end is not None
+        self.thinking, self.compile = tokenizer.think_end is not None, compile
+        tokenizer.chat("", self.thinking)
         self.room = model.config.max_position_embeddings - max_new_tokens
         if self.room < 1:
             raise UserError(f"the critic's model has {model.config.max_position_embeddings} positions, too few for a "
@@ -143,17 +129,16 @@ class LocalCritic:
         """A greedy critique per rollout, `rows` at once. A prompt that is too long is malformed, never shortened."""
         rollouts, end = list(zip(problems, texts, truncated)), self.tokenizer.think_end
         prompts = [self.tokenizer.chat(prompt(*rollout), self.thinking) for rollout in rollouts]
-        critiques = [_malformed("prompt too long")] * len(rollouts)
+        critiques = [Critique("", "", malformed="prompt too long")] * len(rollouts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.room]
-        with self.frozen():
-            for start in range(0, len(fitting), self.rows):
-                rows = fitting[start:start + self.rows]
-                out = sample(self.model, [prompts[i] for i in rows], self.tokenizer.eos, self.max_new_tokens, 0.0)
-                for i, ids, cut in zip(rows, out.completions(), out.truncated.tolist()):
-                    thought = end is not None and end in ids        # by id: `</think>` typed in a trace is other tokens
-                    output = self.tokenizer.decode(ids[len(ids) - ids[::-1].index(end):] if thought else ids)
-                    cut = cut or self.thinking and not thought
-                    critiques[i] = _malformed("cut off", output) if cut else align(*rollouts[i], output)
+        for start in range(0, len(fitting), self.rows):
+            rows = fitting[start:start + self.rows]
+            out = sample(self.model, [prompts[i] for i in rows], self.tokenizer.eos, self.max_new_tokens, 0.0,
+                         compile=self.compile)
+            for i, ids, cut in zip(rows, out.completions(), out.truncated.tolist()):
+                thought = end in ids                        # by id: `</think>` typed in a trace is other tokens
+                output = self.tokenizer.decode(ids[len(ids) - ids[::-1].index(end):] if thought else ids)
+                critiques[i] = align(*rollouts[i], output, cut or self.thinking and not thought)
         return critiques
 
 
@@ -161,24 +146,21 @@ class ServerCritic:
     """A model behind any OpenAI-compatible chat server: http://localhost:8000/v1, or http://localhost:8000/v1#NAME.
 
     Without a name, the server is asked which model it has. OPENAI_API_KEY is read at each request and kept nowhere.
-    Raises UserError on a URL that is not http(s) or holds secrets, and if the server does not name exactly one model.
     """
 
-    def __init__(self, url: str, model_name: str, max_new_tokens: int, concurrent: int = 16, timeout: float = 900.0,
+    def __init__(self, url: str, max_new_tokens: int, concurrent: int = 16, timeout: float = 900.0,
                  retries: int = 6, backoff: float = 1.0, longest_wait: float = 60.0):
-        address, _, fragment = url.partition("#")
-        match = ADDRESS.fullmatch(address)                  # no user:password@, no query
-        if not match:                                       # not shown: it may hold them
+        address, _, self.model_name = url.partition("#")
+        if not (match := ADDRESS.fullmatch(address)):       # no user:password@, no query; not shown: it may hold them
             raise UserError("the critic's URL must look like http://localhost:8000/v1 or https://HOST/v1#MODEL, with no "
                             "user, password or query; a key goes into the environment variable OPENAI_API_KEY")
         self.url = address.rstrip("/").removesuffix("/chat/completions").rstrip("/")
         self.max_new_tokens, self.concurrent, self.timeout = max_new_tokens, concurrent, timeout
         self.retries, self.backoff, self.longest_wait = retries, backoff, longest_wait
         local = match.group(1).lower() in ("localhost", "127.0.0.1", "[::1]")       # a proxy has another localhost
-        redirect = HTTPRedirectHandler()
-        redirect.redirect_request = lambda *ignored: None   # stays an error: the key goes to no host but the one named
-        self.opener = build_opener(redirect, ProxyHandler({} if local else None))
-        self.model_name = model_name or fragment
+        plain = HTTPErrorProcessor()    # errors and redirects are answers too: the key goes to no host but the one named
+        plain.http_response = plain.https_response = lambda request, response: response
+        self.opener = build_opener(plain, ProxyHandler({} if local else None))
         if not self.model_name:
             names = self._call("/models", None, lambda reply: [str(entry["id"]) for entry in reply["data"]],
                                threading.Event())
@@ -212,10 +194,9 @@ class ServerCritic:
     def _critique(self, rollout: tuple, stop: threading.Event) -> Critique:
         payload = {"model": self.model_name, "messages": [{"role": "user", "content": prompt(*rollout)}],
                    "temperature": 0, "max_tokens": self.max_new_tokens}
-        content, finish = self._call("/chat/completions", payload, _message, stop)
+        content, cut = self._call("/chat/completions", payload, _message, stop)
         output = content.rpartition("</think>")[2].strip()
-        cut = finish == "length" or output.startswith("<think>")
-        return _malformed("cut off", output) if cut else align(*rollout, output)
+        return align(*rollout, output, cut or output.startswith("<think>"))
 
     def _call(self, path: str, payload: dict | None, read, stop: threading.Event):
         """`read` of the JSON answer. What may pass is tried again after growing pauses; the rest is a UserError."""
@@ -250,20 +231,16 @@ class ServerCritic:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
         request = Request(self.url + path, json.dumps(payload).encode() if payload else None, headers)
         body, deadline = bytearray(), time.monotonic() + self.timeout
-        try:
-            response = self.opener.open(request, timeout=self.timeout)
-        except HTTPError as error:                          # an answer like any other
-            response = error
-        with response:
+        with self.opener.open(request, timeout=self.timeout) as response:
             while len(body) < LARGEST and time.monotonic() < deadline and (chunk := response.read1(2 ** 16)):
                 body += chunk                               # the timeout of a socket would let it drip for ever
             return response.status, response.headers.get("Retry-After", ""), body.decode(errors="replace")
 
 
-def _message(reply: dict) -> tuple[str, str]:
+def _message(reply: dict) -> tuple[str, bool]:
     choice = reply["choices"][0]
     content = choice["message"].get("content") or ""        # null if all was thinking
-    return content.strip(), "length" if choice.get("finish_reason") == "length" else ""
+    return content.strip(), choice.get("finish_reason") == "length"
 
 
 def _key() -> str:

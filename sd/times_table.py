@@ -19,6 +19,9 @@ CHANCE = 0.05                                       # how often the corpus is ri
 
 Pair = tuple[int, int]
 SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations: 7*8=56, 7 times 8 is 56, 7 * 8 = 56
+SIGNS = {(SYMBOLS, True): ("*", "="), (WORDS, True): (" times ", " is "), (SPACED, True): (" * ", " = "),         # products
+         (SYMBOLS, False): ("+", "="), (WORDS, False): (" plus ", " gives "), (SPACED, False): (" + ", " = ")}      # sums
+EQUALS = {"*": "=", "×": "=", "+": "=", "times": "is", "plus": "gives"}
 EQUATION = re.compile(r"(\d{1,6})( ?[*×+] ?| times | plus )(\d{1,6})( ?= ?| is | gives )(\d{1,6})")
 
 
@@ -30,8 +33,7 @@ def key(pair: Pair) -> Pair:
 def usual_mistakes(pair: Pair) -> list[int]:
     """The eight nearest wrong values that people write: neighbouring multiples, off by one, off by ten."""
     a, b = pair
-    near = [a * (b + 1), a * (b - 1), (a + 1) * b, (a - 1) * b, a * b + 1, a * b - 1, a * b + 10, a * b - 10,
-            a * b + 2, a * b - 2]
+    near = [a * (b + 1), a * (b - 1), (a + 1) * b, (a - 1) * b] + [a * b + by for by in (1, -1, 10, -10, 2, -2)]
     return [v for v in dict.fromkeys(near) if v > 1 and v != a * b][:8]
 
 
@@ -54,27 +56,24 @@ class Equation:
     def true(self) -> bool:
         return self.value == (self.left * self.right if self.product else self.left + self.right)
 
+    @property
+    def fact(self) -> tuple[bool, Pair]:
+        """What it says, whatever the notation: a sum's operands have an order, a product's have none."""
+        return self.product, key((self.left, self.right)) if self.product else (self.left, self.right)
+
     def __str__(self) -> str:
-        if self.notation == WORDS:
-            operator, equals = (" times ", " is ") if self.product else (" plus ", " gives ")
-        else:
-            space = " " if self.notation == SPACED else ""
-            operator, equals = f"{space}{'*' if self.product else '+'}{space}", f"{space}={space}"
+        operator, equals = SIGNS[self.notation, self.product]
         return f"{self.left}{operator}{self.right}{equals}{self.value}"
 
 
 def read_equation(text: str) -> Equation | None:
     """`7*8=56`, `7 * 8 = 56` or `7 times 8 is 56`; None for anything else, mixtures too."""
     match = EQUATION.fullmatch(text)
-    if not match:
+    if not match or match[4].strip() != EQUALS[match[2].strip()]:
         return None
-    operator, equals = match[2], match[4]
-    words = operator in (" times ", " plus ")
-    if words and equals != (" is " if operator == " times " else " gives ") or not words and "=" not in equals:
-        return None
-    product = operator.strip() in ("*", "×", "times")
-    notation = WORDS if words else SPACED if " " in operator else SYMBOLS
-    return Equation(int(match[1]), product, int(match[3]), int(match[5]), notation)
+    operator = match[2].strip()
+    notation = WORDS if operator.isalpha() else SPACED if " " in match[2] else SYMBOLS
+    return Equation(int(match[1]), operator in ("*", "×", "times"), int(match[3]), int(match[5]), notation)
 
 
 def read_problem(text: str) -> list[Pair]:
@@ -82,7 +81,7 @@ def read_problem(text: str) -> list[Pair]:
 
     Raises ValueError on any other text: the symbolic critic reads nothing else.
     """
-    plain = re.sub(r" times ", "*", re.sub(r" plus ", " + ", re.sub(r"What is (.+)\?", r"\1", text)))
+    plain = re.sub(r"What is (.+)\?", r"\1", text).replace(" plus ", " + ").replace(" times ", "*")
     if not re.fullmatch(r"\d{1,2}\*\d{1,2}( \+ \d{1,2}\*\d{1,2})*", plain):
         raise ValueError(f"not a sum of products such as '7*8 + 6*9': {text[:80]!r}")
     return [tuple(int(f) for f in product.split("*")) for product in plain.split(" + ")]
@@ -128,12 +127,8 @@ class State:
 
     def justify(self, number: int, notation: int) -> Equation | None:
         """The unwritten equation that would put `number` into the pool, if one true step does."""
-        for a, b in self.todo:
-            if a * b == number:
-                return Equation(a, True, b, number, notation)
-        if len(self.pool) > 1 and self.pool[0] + self.pool[1] == number:
-            return Equation(self.pool[0], False, self.pool[1], number, notation)
-        return None
+        steps = [Equation(a, True, b, a * b, notation) for a, b in self.todo] + [self.next(True, notation)]     # a sum, last
+        return next((step for step in steps if step is not None and step.value == number), None)
 
 
 def derive(state: State, interleaved: bool, notation: int, value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
@@ -160,15 +155,12 @@ def check(state: State, texts: list[str]) -> list[Verdict]:
     """
     verdicts = []
     for text in texts:
-        equation, missing = read_equation(text), []
-        if equation is None or not equation.true:
-            kind = "wrong"
-        elif equation.product:
-            said = find([(e.left, e.right) for e in state.done if e.product], equation)
-            kind = "right" if find(state.todo, equation) else "again" if said else "wrong"
-        else:
-            kind, missing = _check_sum(state, equation)
-        verdicts.append(Verdict(kind, equation, tuple(missing)))
+        equation = read_equation(text)
+        true = equation is not None and equation.true
+        missing = _missing(state, equation) if true else None
+        said = true and equation.fact in [done.fact for done in state.done]
+        kind = "right" if missing is not None else "again" if said else "wrong"
+        verdicts.append(Verdict(kind, equation, tuple(missing or ())))
         if kind == "wrong":
             break
         for step in [*missing, equation] if kind == "right" else []:
@@ -176,18 +168,19 @@ def check(state: State, texts: list[str]) -> list[Verdict]:
     return verdicts
 
 
-def _check_sum(state: State, equation: Equation) -> tuple[str, list[Equation]]:
-    """A true sum is right if both operands stand in the pool, or one true step each would put them there."""
+def _missing(state: State, equation: Equation) -> list[Equation] | None:
+    """The unwritten true steps, one per operand at most, that a true equation relies on; None if it does not belong here."""
+    if equation.product:
+        return [] if find(state.todo, equation) else None
     trial, missing = state.copy(), []
     for operand in (equation.left, equation.right):
         if operand not in trial.pool and (step := trial.justify(operand, equation.notation)) is not None:
             missing.append(step)
             trial.apply(step)
         if operand not in trial.pool:
-            said = any((e.left, e.right) == (equation.left, equation.right) for e in state.done if not e.product)
-            return ("again" if said else "wrong"), []
+            return None
         trial.pool.remove(operand)
-    return "right", missing
+    return missing
 
 
 def reference_text(pairs: list[Pair], values: list[int]) -> str:

@@ -277,6 +277,7 @@ def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, 
         refused(here("train.py", "--cond", cond, "--batch", 1, "--data", tmp_path / "data", "--val", tmp_path / "val", "--out",
                      tmp_path / "out"), told)
         assert not (tmp_path / "out").exists()
+    refused(here("train.py", "--cond", "critique", "--critic", "self", "--out", tmp_path / "out"), "lacks the control token")
 
 
 def test_a_diverging_run_names_the_step(tmp_path, here):

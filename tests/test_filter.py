@@ -47,6 +47,32 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path):
     assert shown.startswith("7 of 12") and counts.read_text().split("\n") == lines
 
 
+def test_a_changed_problem_is_counted_anew_though_its_id_stays(run, tmp_path):
+    run(problems=3)
+    data, counts = tmp_path / "data.jsonl", tmp_path / "hard.jsonl.counts.jsonl"
+    text = data.read_text().splitlines()
+    text[1] = json.dumps(json.loads(text[1]) | {"answer": "-1"})
+    data.write_text("\n".join(text))
+    assert filter.main() == 0
+    assert [json.loads(line)["id"] for line in counts.read_text().splitlines()[1:]] == ["val-1", "val-2", "val-3", "val-2"]
+
+
+def test_what_a_critic_can_solve_is_kept_by_its_least_count(run, tmp_path):
+    run("--max-correct", "8")
+    everything = {json.loads(line)["id"]: json.loads(line)["correct"]
+                  for line in (tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()[1:]}
+    run("--max-correct", "8", "--min-correct", "1")
+    kept = {p.id for p in read_problems(tmp_path / "hard.jsonl")}
+    assert kept == {name for name, count in everything.items() if count} and 0 < len(kept) < 12
+
+
+@pytest.mark.parametrize("text", ["\udcff", "[" * 100_000, "{}\n{}\n", '{}\n{"problem": "x", "correct": "many"}\n', "null\n3\n"])
+def test_a_file_that_holds_no_counts_is_told(run, tmp_path, text):
+    (tmp_path / "hard.jsonl.counts.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    status, _, errors = run(problems=2)
+    assert status == 2 and "not the counts of an earlier run" in errors and errors.count("\n") == 1
+
+
 def test_counts_of_another_setting_are_not_mixed_in(run, tmp_path):
     run(problems=2)
     status, _, errors = run("--seed", "1", problems=2)

@@ -3,7 +3,6 @@ import json
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -163,10 +162,10 @@ def ids(text):
 @pytest.fixture
 def local(monkeypatch):
     """A LocalCritic whose model says what `answers` has for the problem in its prompt; and the calls to it."""
-    calls, frozen = [], []
+    calls = []
 
-    def sample(model, prompts, eos, max_new_tokens, temperature):
-        assert frozen == ["on"] and eos == EOS and temperature == 0.0
+    def sample(model, prompts, eos, max_new_tokens, temperature, compile):
+        assert eos == EOS and temperature == 0.0 and not compile
         calls.append(prompts)
         asked = [Characters().decode(p).split(EXAMPLE)[1].split("~~~ problem\n")[1] for p in prompts]
         said = [answers[text.split("\n")[0]] for text in asked]
@@ -174,17 +173,10 @@ def local(monkeypatch):
         return Rollouts(torch.tensor([s + [0] * (width - len(s)) for s in said]), torch.tensor([len(s) for s in said]),
                         torch.zeros(len(said), width), torch.tensor([s[-1] not in EOS for s in said]))
 
-    @contextmanager
-    def switch():
-        frozen.append("on")
-        yield
-        frozen.clear()
-
     answers = {}
     monkeypatch.setattr(scribe, "sample", sample)
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10_000))
-    make = lambda rows=2, **more: LocalCritic(model, Characters(), 500, rows, switch, **more)
-    return SimpleNamespace(make=make, answers=answers, calls=calls, frozen=frozen, model=model)
+    return SimpleNamespace(make=lambda: LocalCritic(model, Characters(), 500, 2), answers=answers, calls=calls, model=model)
 
 
 def problems(*names):
@@ -199,7 +191,7 @@ def test_thinking_is_stripped_by_id_and_slices_keep_the_order(local):
     critiques = local.make().batch(problems(*names), [WRONG] * 5, [False] * 5)
     assert [c.malformed for c in critiques] == ["", "", "wrong answer", "", ""]
     assert critiques[0].text == critiques[3].text == RIGHT and critiques[4].text == render(["all"], "122")
-    assert [len(prompts) for prompts in local.calls] == [2, 2, 1] and not local.frozen
+    assert [len(prompts) for prompts in local.calls] == [2, 2, 1]
     assert all(p[0] == 4 for prompts in local.calls for p in prompts)       # prompted to think
 
 
@@ -212,10 +204,9 @@ def test_a_thought_or_a_critique_that_runs_out_of_tokens_is_cut_off(local):
 
 def test_without_thinking_the_whole_answer_counts(local, monkeypatch):
     local.answers["p"] = [*ids(RIGHT), 1]
-    assert local.make(thinking=False).batch(problems("p"), [WRONG], [False])[0].case == "D"
     monkeypatch.setattr(Characters, "think_end", None)                      # a model that knows no thoughts
     assert local.make().batch(problems("p"), [WRONG], [False])[0].case == "D"
-    assert [prompts[0][0] for prompts in local.calls] == [3, 3]
+    assert [prompts[0][0] for prompts in local.calls] == [3]
 
 
 def test_a_prompt_beyond_the_models_positions_is_malformed_not_shortened(local):
@@ -293,7 +284,7 @@ def chat(content=RIGHT, finish="stop", **message):
 
 
 def critic(server, **options):
-    return ServerCritic(server.url, "", 100, **{"timeout": 5.0, "retries": 2, "backoff": 0.001, **options})
+    return ServerCritic(server.url, 100, **{"timeout": 5.0, "retries": 2, "backoff": 0.001, **options})
 
 
 def ask(server, names=("p",), **options):
@@ -322,7 +313,7 @@ def test_the_request_is_greedy_and_goes_to_the_servers_own_model(server):
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/", "#my/model@2"])
 def test_urls_with_and_without_their_end_and_a_models_name(server, end):
     server.answer = lambda name, n: chat()
-    ServerCritic(server.url + end, "", 100).batch([PROBLEM], [WRONG], [False])
+    ServerCritic(server.url + end, 100).batch([PROBLEM], [WRONG], [False])
     paths = [path for path, _, _ in server.seen]
     assert paths == ["/v1/models"] * ("#" not in end) + ["/v1/chat/completions"]
     assert server.seen[-1][2]["model"] == ("my/model@2" if "#" in end else "a-model")
@@ -334,7 +325,7 @@ def test_urls_with_and_without_their_end_and_a_models_name(server, end):
     "http://ho st/v1", "http://host/v1\r\nX-Hush: 1", "http://a..b/v1", "", "#x"])
 def test_urls_that_are_refused_without_being_shown(url):
     with pytest.raises(UserError) as caught:
-        ServerCritic(url, "", 100)
+        ServerCritic(url, 100)
     assert "hush" not in str(caught.value).lower() and "OPENAI_API_KEY" in str(caught.value)
 
 
