@@ -143,6 +143,9 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
                                   "malformed": malformed[i]} if malformed else {})}
                              for i, (p, text, reward, c, cut) in
                              enumerate(zip(owners, texts, rewards, completions, truncated))])
+        if malformed and len(rows) >= 8 and all(row["malformed"] for row in rows):
+            raise UserError(f"step {step + 1}: all {len(rows)} critiques are malformed, the first one: {rows[0]['malformed']}; "
+                            "nothing was updated. Take more --critic-tokens or another --critic")
         mean = lambda key: sum(row[key] for row in rows) / len(rows)
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
         with signals.shielded():
@@ -177,7 +180,8 @@ def guarded(signals: Signals) -> int:
         run = RunFolder(config, ranks, args.resume)
         train(config, run, ranks, signals)
         message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; now on the test problems:\n"
-                   f"  python eval.py {run.path}/best")
+                   f"  python eval.py {run.path}/best" + (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} "
+                                                          f"--temperature {config.temperature}" if config.data else ""))
     except UserError as error:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
@@ -190,7 +194,7 @@ def guarded(signals: Signals) -> int:
         status = 1
         message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error)[:200]!r}). "
                    f"--plan says:\n{plan(config)}\n" + (f"then go on with: python train.py --resume {run.path} --micro-batch "
-                   f"{max(1, config.micro_batch // 2)}" if run else ""))
+                   f"{max(1, config.micro_batch // 2)} --sample-batch {max(1, config.sample_batch // 2)}" if run else ""))
     except Stop as stop:
         status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
         if run and run.student is not None:

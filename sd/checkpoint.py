@@ -70,6 +70,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder}: not a checkpoint folder (no config.json in it)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
+    if (folder / "best/config.json").exists():
+        raise UserError(f"{folder}: is a run folder; take the checkpoint {folder / 'best'}")
     if not isinstance(raw, dict) or raw.get("model_type") not in ARCHITECTURES:
         raise UserError(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}")
     for name in SIZES:

@@ -12,6 +12,7 @@ from sd import UserError
 from sd.compile import check_compile
 from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
+from sd.scribe import check_url
 
 
 # These change no result but by rounding, which in bfloat16 may turn a rollout another way.
@@ -106,6 +107,8 @@ class Config:
         for name in ("ema_decay", "critic_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+        if "://" in self.critic:
+            check_url(self.critic)          # whatever the condition: it is written into the run folder
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if self.dtype == "bfloat16" and not self.lora_rank:
@@ -164,6 +167,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
         config = Config(**values)
     config.check()
     if args.plan is None:
+        if args.preset and not config.model:
+            raise UserError(f"--preset {args.preset} needs --model, the folder of a checkpoint such as Qwen3-1.7B")
         device = config.torch_device    # raises UserError if it is not there; a plan may be for another machine
         if config.compile:
             check_compile(device)
@@ -172,8 +177,12 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
 
 def read_config(path: Path) -> Config:
     """The options of an earlier run. Raises UserError if there is none, or one of another version."""
+    if not path.exists():
+        raise UserError(f"{path.parent}: no run to resume is there (no config.json)")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "model_type" in values:
+            raise ValueError(f"this is a checkpoint; its run is {path.parent.parent}")
         wanted = {f.name: f.type for f in fields(Config)}
         if not isinstance(values, dict) or values.keys() != wanted.keys() or any(
                 type(values[name]) is not kind for name, kind in wanted.items()):

@@ -72,7 +72,7 @@ def arms(name: str, out: Path) -> dict[str, list[str]]:
     if name == "critic-noise":
         return {f"critique {noise:.0%} wrong": critique + ["--critic-noise", str(noise)]
                 for noise in (0.0, 0.1, 0.25, 0.5)} | {"ref": ref}
-    return {f"{c[1]} width {width}": c + solver_options(width, out) for width in (64, 96, 128) for c in (grpo, ref, critique)}
+    return {f"{c[1]} width {width}": c + solver_options(width, out) for width in (64, 128) for c in (grpo, ref, critique)}
 
 
 def reference(problem: Problem, kind: str) -> str:
@@ -115,13 +115,16 @@ def started(command: list[str], threads: int) -> None:
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, text=True,
                             capture_output=True, stdin=subprocess.DEVNULL)
     if result.returncode:
-        raise UserError(f"{' '.join(command[1:])}: {result.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"{' '.join(command[1:])}: {' '.join(result.stderr.strip().splitlines()[-1:])}")
 
 
 def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
-    """Trains and measures one arm with one seed, unless that is done."""
+    """Trains and measures one arm with one seed, unless that is done. Raises UserError if another run is in its folder."""
     python, result = sys.executable, folder / "test.json"
-    if result.exists() or copied(folder, [*options, "--seed", str(seed), *extra]):
+    wanted = parse_config("", [*options, "--seed", str(seed), *extra])[0]
+    if serves(folder, wanted) is False:
+        raise UserError(f"{folder}: was made with other options; remove it or choose another --out")
+    if result.exists() or copied(folder, wanted):
         return
     if any(folder.glob("state-*.safetensors")):
         started([python, "train.py", "--resume", str(folder)], threads)      # nothing, if it had come to its end
@@ -136,15 +139,19 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
 
 
-def copied(folder: Path, options: list[str]) -> bool:
+def serves(folder: Path, wanted: Config) -> bool | None:
+    """Whether the run in a folder has these options; None if there is none, or one of another version."""
+    try:
+        config = replace(read_config(folder / "config.json"), out="")
+    except UserError:
+        return None
+    return wanted in (config, replace(config, keep=False))
+
+
+def copied(folder: Path, wanted: Config) -> bool:
     """Whether another experiment in the same place has a finished run of these options, which then is this one too."""
-    wanted = replace(parse_config("", options)[0], out="")
     for result in sorted(folder.parent.parent.glob("*/*/test.json")):
-        try:
-            config = replace(read_config(result.parent / "config.json"), out="")
-        except UserError:                                   # of another version
-            continue
-        if wanted in (config, replace(config, keep=False)):
+        if serves(result.parent, wanted):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(result.parent, folder)
             return True
@@ -255,7 +262,8 @@ def slug(name: str) -> str:
 
 @command("sd.experiment")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m sd.experiment", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher", "critic-noise", "scale"))
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="(default: experiments)")
@@ -268,6 +276,8 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be 1 or more")
     options = arms(args.name, out)
     extra += ["--keep"] if args.optimistic else []
+    for arm in options.values():
+        parse_config("", [*arm, *extra])                # a wrong option is told once, and now
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
                 for seed in range(args.seeds) for name, arm in options.items()]

@@ -47,6 +47,8 @@ def parse_args() -> argparse.Namespace:
         check_compile(pick_device(args.device))
     if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 < args.temperature < float("inf"):
         parser.error("--samples, --max-new-tokens, --sample-batch and --temperature must be above 0")
+    if args.out.resolve() == args.data.resolve():
+        parser.error("--out must not be --data")
     return args
 
 
@@ -79,6 +81,10 @@ def main() -> None:
     problems = read_problems(args.data)
     model, tokenizer, shape = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
+    for p in problems:
+        if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > shape.max_position_embeddings:
+            raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
+                            f"{shape.max_position_embeddings} tokens; remove it or lower that")
     settings = {name: str(getattr(args, name)) for name in counted}
     path, start = args.out.with_name(args.out.name + ".counts.jsonl"), time.time()
     counts = known_counts(path, settings)
@@ -89,10 +95,6 @@ def main() -> None:
     for at in range(0, len(todo), per_call):
         part = todo[at:at + per_call]
         prompts = [tokenizer.student_prompt(p.problem) for p in part]
-        for p, prompt in zip(part, prompts):
-            if len(prompt) + args.max_new_tokens > shape.max_position_embeddings:
-                raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
-                                f"{shape.max_position_embeddings} tokens; remove it or lower that")
         noise = [uniforms(args.samples, args.max_new_tokens, args.seed, "filter", p.id) for p in part]
         out = sample(model, prompts, tokenizer.eos, args.max_new_tokens, args.temperature, args.samples, torch.cat(noise),
                      args.compile)

@@ -75,7 +75,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
 
     def fitting(prompts: list[list[int]]) -> list[list[int]]:
         for i, prompt in enumerate(prompts):
-            if (room := model.config.max_position_embeddings - max_new_tokens) < len(prompt):
+            if (room := max(0, model.config.max_position_embeddings - max_new_tokens)) < len(prompt):
                 raise UserError(f"problem {part[i * len(part) // len(prompts)].id!r}: its prompt has {len(prompt)} tokens, {room} "
                                 "fit the model beside --max-new-tokens; remove it or lower that")
         return prompts

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from sd import steps
+from sd import command, steps
 from sd import times_table as tt
-from sd.checkpoint import EMBEDDED, load, read_config, save_model, write_atomic
+from sd.checkpoint import load, read_config, save_model, write_atomic
 from sd.config import Config
 from sd.metrics import evaluate
 from sd.model import Transformer
@@ -181,9 +182,10 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: 
         found = found[count:]
 
 
+@command("sd.pretrain")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder to write (default: the embedded solver's own)")
+    parser = argparse.ArgumentParser(prog="python -m sd.pretrain", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("pretrained"), help="folder to write (default: pretrained)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
@@ -202,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

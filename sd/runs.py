@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -156,7 +156,8 @@ class RunFolder:
 
     def _say(self, text: str) -> None:
         if self.writes:
-            print(text, flush=True)
+            with suppress(BrokenPipeError):         # `train.py … | head`: the run goes on
+                print(text, flush=True)
 
     def _append(self, name: str, rows: list[dict]) -> None:
         try:

@@ -142,6 +142,14 @@ class LocalCritic:
         return critiques
 
 
+def check_url(url: str) -> re.Match:
+    """Raises UserError if there is more in it than host, port and path. It is not shown: it may hold a password."""
+    if not (match := ADDRESS.fullmatch(url.partition("#")[0])):
+        raise UserError("the critic's URL must look like http://localhost:8000/v1 or https://HOST/v1#MODEL, with no "
+                        "user, password or query; a key goes into the environment variable OPENAI_API_KEY")
+    return match
+
+
 class ServerCritic:
     """A model behind any OpenAI-compatible chat server: http://localhost:8000/v1, or http://localhost:8000/v1#NAME.
 
@@ -150,10 +158,7 @@ class ServerCritic:
 
     def __init__(self, url: str, max_new_tokens: int, concurrent: int = 16, timeout: float = 900.0,
                  retries: int = 6, backoff: float = 1.0, longest_wait: float = 60.0):
-        address, _, self.model_name = url.partition("#")
-        if not (match := ADDRESS.fullmatch(address)):       # no user:password@, no query; not shown: it may hold them
-            raise UserError("the critic's URL must look like http://localhost:8000/v1 or https://HOST/v1#MODEL, with no "
-                            "user, password or query; a key goes into the environment variable OPENAI_API_KEY")
+        match, (address, _, self.model_name) = check_url(url), url.partition("#")
         self.url = address.rstrip("/").removesuffix("/chat/completions").rstrip("/")
         self.max_new_tokens, self.concurrent, self.timeout = max_new_tokens, concurrent, timeout
         self.retries, self.backoff, self.longest_wait = retries, backoff, longest_wait

@@ -67,4 +67,4 @@ def main(kills: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1])) if sys.argv[1:] and sys.argv[1].isdecimal() else __doc__)

@@ -212,6 +212,8 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
     (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
+    (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
+    (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),
 ])

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from sd import experiment
+from sd import UserError, experiment
 from sd.config import Config
 from sd.experiment import REFERENCES, arms, figure, interval, reference, run, summary, table
 from sd.problems import embedded
@@ -111,6 +111,8 @@ def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are
     (made / "config.json").write_text(json.dumps(asdict(Config(cond="ref", steps=2, keep=True, out="somewhere"))))
     run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, ["--steps", "2"])
     assert (tmp_path / "teacher/ref-base-0/test.json").read_text() == (made / "test.json").read_text()
+    with pytest.raises(UserError, match="made with other options"):            # not passed off as the experiment asked for
+        run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, [])
     for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0), (["--cond", "critique"], 0)):
         with pytest.raises(pytest.fail.Exception):
             run(tmp_path / "teacher/other", options, seed, 1, ["--steps", "2"])

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from sd.critic import SymbolicCritic
+from sd.critic import Critique, SymbolicCritic
 from sd.problems import Problem
 from sd.scribe import ServerCritic
 from tests.conftest import ROOT
@@ -28,7 +28,7 @@ def test_out_of_memory_is_told_with_the_plan_and_the_run_goes_on_with_a_smaller_
     code, text = trainer(args, room=300 * 2 ** 20)
     assert code == 1 and "Traceback" not in text, text
     assert "train.py: out of memory after step 0" in text and "phase: training, activations and logits" in text
-    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 64"
+    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 64 --sample-batch 256"
     code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=300 * 2 ** 20)
     assert code == 0 and "done." in text, text
 
@@ -99,6 +99,14 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or b"very-secret" not in path.read_bytes()
     assert "very-secret" not in said + more
+
+
+def test_a_batch_without_one_critique_that_teaches_stops_the_run(tmp_path, here, monkeypatch):
+    """It trained on nothing, at a loss of 0, to its end."""
+    empty = lambda self, problems, texts, truncated: [Critique("", "", malformed="cut off") for _ in problems]
+    monkeypatch.setattr(SymbolicCritic, "batch", empty)
+    code, text = here(*SHORT, "--batch", 8, "--out", tmp_path / "run")
+    assert code == 2 and "step 1: all 8 critiques are malformed, the first one: cut off" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("folder", ["/proc/run", "locked/run"])
