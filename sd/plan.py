@@ -116,13 +116,18 @@ def flops(shape: ModelConfig, prompt: int, new: int, passes: float) -> float:
     return passes * (2 * parameters(shape)[1] * T + 2 * shape.vocab_size * shape.hidden_size * new + attention)
 
 
-def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]]:
-    """Part -> operations, bytes read and layers run token by token; per device in a whole run of rollouts of full length."""
-    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+def counts(config: Config) -> tuple[int, int]:
+    """Optimiser steps, validation problems."""
     problems, validation = (len(read_problems(Path(path)) if path else embedded(split))
                             for path, split in ((config.data, "train"), (config.val, "val")))
     steps = problems * config.epochs // config.batch
-    steps = min(config.steps, steps) if config.steps else steps
+    return min(config.steps, steps) if config.steps else steps, validation
+
+
+def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]]:
+    """Part -> operations, bytes read and layers run token by token; per device in a whole run of rollouts of full length."""
+    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+    steps, validation = counts(config)
     rollouts = steps * config.batch * group / ranks
 
     def sampled(of: ModelConfig, count: float, at_once: int, read: int, written: int) -> tuple[float, float, float]:
@@ -164,7 +169,7 @@ def plan(config: Config, gib: float = 0) -> str:
     if verdict != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
     on_cuda = (config.device or config.torch_device.type).startswith("cuda")
-    lines.append("work per device in the whole run, all rollouts of full length" + (
+    lines.append("work per device in {} steps with {} validation problems, all rollouts of full length".format(*counts(config)) + (
         f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
     parts = work(config, ranks)
     for name, of in [*((name, [part]) for name, part in parts.items()), ("all", list(parts.values()))]:
