@@ -10,7 +10,7 @@ class UserError(Exception):
 
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch has a type of its own for CUDA alone, and not for all of that; elsewhere its libraries say it in words."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a memory", "could not create a primitive")
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory", "not create a primitive")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
 

@@ -138,8 +138,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     """The command line -> Config, and what is no part of it (resume, plan); argparse exits with status 2 on its errors."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults from the paper's list; other options still count")
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count, but those of memory and speed "
-                        "may be given anew")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count, "
+                        "but those of memory and speed may be given anew")
     parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0,
                         help="print the memory that this would need and whether it fits GIB (default 24); train nothing")
     for f in fields(Config):

@@ -6,8 +6,8 @@
     also: divergence, teacher, critic-noise, scale
 
 Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from what they do.
-A run that is finished is skipped, or copied if another experiment made it; one that was killed goes on. Tables come from stored results alone: OUT/NAME/table.md and
-results.json are the same to the digit when made again. Checkpoints are chosen on validation problems, measured on test
+A run that is finished is skipped, or copied if another experiment made it; one that was killed goes on. Tables come from
+stored results alone: OUT/NAME/table.md and results.json are the same to the digit when made again. Checkpoints are chosen on validation problems, measured on test
 problems; intervals are bootstraps over seeds and problems together.
 """
 import argparse
@@ -45,7 +45,8 @@ FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" width="600" viewBox="0 0 600
 .alignment text { fill: var(--text); } .alignment .end { text-anchor: end; } .alignment .middle { text-anchor: middle; }
 .alignment .rule { stroke: var(--rule); } .alignment .line { fill: none; stroke-width: 1.5; }
 .alignment circle.ref { fill: var(--blue); } .alignment .ref.line { stroke: var(--blue); }
-.alignment circle.critique, .alignment text.critique { fill: var(--orange); } .alignment .critique.line { stroke: var(--orange); }
+.alignment circle.critique, .alignment text.critique { fill: var(--orange); }
+.alignment .critique.line { stroke: var(--orange); }
 .alignment text.grpo { fill: var(--grey); } .alignment .grpo.line { stroke: var(--grey); stroke-dasharray: 5 4; }
 </style><rect width="600" height="350" rx="8" fill="var(--card)"/>
 <text x="12" y="18">Avg@12 after training, mean and standard deviation over seeds</text>
@@ -249,10 +250,10 @@ def figure(result: dict) -> str:
               f'<text class="{name}" x="526" y="{y(avg[name]) + below:.0f}">{name}</text>'
               for name, below in zip(sorted(("grpo", "critique"), key=avg.get), (11, -3))]
     for i, (name, distance) in enumerate(distances.items()):
-        at, value, kind = x(distance), avg[name], name.split()[0]
+        at, value, (kind, *which) = x(distance), avg[name], name.split()
         parts.append(f'<path class="{kind} line" d="M{at:.1f} {y(value - spread[name]):.1f}V{y(value + spread[name]):.1f}"/>'
                      f'<circle class="{kind}" cx="{at:.1f}" cy="{y(value):.1f}" r="4"/>' +
-                     (f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{name.split()[1]}</text>' if kind == "ref" else ""))
+                     "".join(f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{w}</text>' for w in which))
     return FIGURE.replace("<!--PARTS-->", "\n".join(parts))
 
 

@@ -34,7 +34,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
     command.add_argument("--samples", type=int, default=16, help="rollouts per problem (default: 16)")
     command.add_argument("--max-correct", type=int, default=4, help="of these at most so many right (default: 4)")
-    command.add_argument("--min-correct", type=int, default=0, help="and at least so many: what a critic can solve (default: 0)")
+    command.add_argument("--min-correct", type=int, default=0,
+                         help="and at least so many: what a critic can solve (default: 0)")
     command.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="(default: 2048)")
     command.add_argument("--sample-batch", type=int, default=64, help="rollouts sampled at once (default: 64)")
@@ -111,4 +112,5 @@ def main() -> None:
               f"{seconds:.0f} s, {seconds / done * (len(todo) - done):.0f} s left", flush=True)
     hard = [p for p in problems if kept(counts[key(p)])]
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
-    print(f"{args.out}: {len(hard)} of {len(problems)} problems, {args.min_correct} to {args.max_correct} of {args.samples} right")
+    print(f"{args.out}: {len(hard)} of {len(problems)} problems, with {args.min_correct} to {args.max_correct} right of "
+          f"{args.samples}")

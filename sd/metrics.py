@@ -74,10 +74,12 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
     part = problems[mine]
 
     def fitting(prompts: list[list[int]]) -> list[list[int]]:
+        room = max(0, model.config.max_position_embeddings - max_new_tokens)
         for i, prompt in enumerate(prompts):
-            if (room := max(0, model.config.max_position_embeddings - max_new_tokens)) < len(prompt):
-                raise UserError(f"problem {part[i * len(part) // len(prompts)].id!r}: its prompt has {len(prompt)} tokens, {room} "
-                                "fit the model beside --max-new-tokens; remove it or lower that")
+            if len(prompt) > room:
+                problem = part[i * len(part) // len(prompts)]
+                raise UserError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens, {room} fit the model beside "
+                                "--max-new-tokens; remove it or lower that")
         return prompts
 
     def draws(*purpose) -> torch.Tensor:

@@ -141,7 +141,8 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
     out = {"sampling": sampled(shape, rollouts, min(config.sample_batch, at_once), PROMPT, new)}
     if config.cond == "critique" and not (config.critic == "symbolic" or "://" in config.critic):
         judge = shape if config.critic == "self" else read_config(Path(config.critic))
-        out["critic"] = sampled(judge, rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new, config.critic_tokens)
+        out["critic"] = sampled(judge, rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new,
+                                config.critic_tokens)
     if config.cond != "grpo":
         out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
     passes = (2 if config.lora_rank else 3) + config.recompute              # a frozen weight has no gradient of its own
@@ -169,7 +170,8 @@ def plan(config: Config, gib: float = 0) -> str:
     if verdict != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
     on_cuda = (config.device or config.torch_device.type).startswith("cuda")
-    lines.append("work per device in {} steps with {} validation problems, all rollouts of full length".format(*counts(config)) + (
+    steps, validation = counts(config)
+    lines.append(f"work per device in {steps} steps with {validation} validation problems, all rollouts of full length" + (
         f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
     parts = work(config, ranks)
     for name, of in [*((name, [part]) for name, part in parts.items()), ("all", list(parts.values()))]:

@@ -212,7 +212,8 @@ class RunFolder:
         else:
             raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
         if facts.get("data") != self.data:
-            raise UserError(f"{self.path}: the problems in --data or --val are not those that this run began with; put them back")
+            raise UserError(f"{self.path}: the problems in --data or --val are not those that this run began with; put them "
+                            "back")
         try:
             with torch.no_grad():
                 for name, p in self.trained.items():
