@@ -513,10 +513,12 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server):
     over = threading.Event()
     server.answer = lambda name, n: over.wait(20) and None
     main = threading.main_thread().ident
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)          # as it is for a suite in the background
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         ask(server, [f"p{i}" for i in range(20)], timeout=20.0)
+    signal.signal(signal.SIGINT, ignored)
     assert not over.is_set() and len(server.asked) < 20                         # it hangs still
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)     # nor does Python's exit wait
     over.set()
