@@ -143,8 +143,8 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
                                   "malformed": malformed[i]} if malformed else {})}
                              for i, (p, text, reward, c, cut) in
                              enumerate(zip(owners, texts, rewards, completions, truncated))])
-        if malformed and len(rows) >= 8 and all(row["malformed"] for row in rows):
-            raise UserError(f"step {step + 1}: all {len(rows)} critiques are malformed, the first one: {rows[0]['malformed']}; "
+        if step == 0 and len(rows) >= 8 and malformed and all(row["malformed"] for row in rows):
+            raise UserError(f"step 1: all {len(rows)} critiques are malformed, the first one: {rows[0]['malformed']}; "
                             "nothing was updated. Take more --critic-tokens or another --critic")
         mean = lambda key: sum(row[key] for row in rows) / len(rows)
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
@@ -187,7 +187,7 @@ def guarded(signals: Signals) -> int:
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
     except Lost as error:
-        status, message = 1, f"train.py: {error}; go on with: python train.py --resume {run.path}" if run else str(error)
+        status, message = 1, f"train.py: {error}; go on with: python train.py --resume {run.path}" if run else ""
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -36,23 +36,7 @@ from sd.sampling import sample, uniforms
 from sd.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" width="600" viewBox="0 0 600 350" class="alignment" role="img"
-     aria-label="Avg@12 after training against the distance of the context from the solver's own derivation"><style>
-.alignment { --card: #ffffff; --text: #1f2328; --rule: #d1d9e0; --blue: #2166ac; --orange: #c4570a; --grey: #59636e;
-             font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-@media (prefers-color-scheme: dark) { .alignment { --card: #0d1117; --text: #e6edf3; --rule: #3d444d; --blue: #6cb0f5;
-             --orange: #f0954a; --grey: #9198a1; } }
-.alignment text { fill: var(--text); } .alignment .end { text-anchor: end; } .alignment .middle { text-anchor: middle; }
-.alignment .rule { stroke: var(--rule); } .alignment .line { fill: none; stroke-width: 1.5; }
-.alignment circle.ref { fill: var(--blue); } .alignment .ref.line { stroke: var(--blue); }
-.alignment circle.critique, .alignment text.critique { fill: var(--orange); }
-.alignment .critique.line { stroke: var(--orange); }
-.alignment text.grpo { fill: var(--grey); } .alignment .grpo.line { stroke: var(--grey); stroke-dasharray: 5 4; }
-</style><rect width="600" height="350" rx="8" fill="var(--card)"/>
-<text x="12" y="18">Avg@12 after training, mean and standard deviation over seeds</text>
-<!--PARTS-->
-<text class="middle" x="290" y="334">KL(teacher, student) on correct steps before training, nats per token</text></svg>
-"""
+FIGURE = Path(__file__).parent / "assets/alignment.template.svg"
 REFERENCES = ("same", "worded", "half", "reordered", "decomposed")     # from the solver's own derivation outwards
 
 
@@ -254,7 +238,7 @@ def figure(result: dict) -> str:
         parts.append(f'<path class="{kind} line" d="M{at:.1f} {y(value - spread[name]):.1f}V{y(value + spread[name]):.1f}"/>'
                      f'<circle class="{kind}" cx="{at:.1f}" cy="{y(value):.1f}" r="4"/>' +
                      "".join(f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{w}</text>' for w in which))
-    return FIGURE.replace("<!--PARTS-->", "\n".join(parts))
+    return FIGURE.read_text().replace("<!--PARTS-->", "\n".join(parts))
 
 
 def slug(name: str) -> str:

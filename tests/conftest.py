@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ class Trainer:
         print(file=self.server.stdin, flush=True)
         code, self.peak = map(int, self.server.stdout.readline().split())
         return code, log.read_text()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request, tmp_path_factory):
+    """Other processes that a test file needs, its `ahead(folder)`, begin at once and run beside the tests before it."""
+    modules = {item.module.__name__.split(".")[-1]: item.module for item in request.session.items}
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(module.ahead, tmp_path_factory.mktemp(name)) for name, module in modules.items()
+               if hasattr(module, "ahead")}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +53,16 @@ def refused(result, *facts):
         assert fact in last
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """name -> (folder, result); two at a time."""
-    base = tmp_path_factory.mktemp("runs")
+def ahead(base):
+    """name -> (folder, result)"""
     jobs = {"grpo": ["--cond", "grpo"], "ref": ["--cond", "ref"], "critique": ["--cond", "critique"],
             "again": ["--cond", "critique"], "seed 1": ["--cond", "critique", "--seed", "1"]}
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda name: command("train.py", *jobs[name], *SHORT, "--out", base / name), jobs)
-    return {name: (base / name, result) for name, result in zip(jobs, results)}
+    return {name: (base / name, command("train.py", *args, *SHORT, "--out", base / name)) for name, args in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(ahead):
+    return ahead["test_commands"].result()
 
 
 @pytest.mark.parametrize("cond", ["grpo", "ref", "critique"])
@@ -289,19 +289,3 @@ def test_a_diverging_run_names_the_step(tmp_path, here):
     step = int(re.match(r"train\.py: step (\d): ", result.stderr)[1])
     assert 2 <= step <= 5
     assert [row["step"] for row in rows(tmp_path / "out") if "loss" in row] == list(range(1, step))
-
-
-def test_an_interrupted_run_keeps_a_checkpoint_that_loads(tmp_path):
-    run = subprocess.Popen([sys.executable, "train.py", "--cond", "critique", "--batch", "4", "--eval-samples", "1",
-                            "--out", str(tmp_path / "out")], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE,          # a background shell starts its children with SIGINT ignored
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    for line in run.stdout:
-        if line.startswith("step    1/"):
-            run.send_signal(signal.SIGINT)
-            break
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130 and "Traceback" not in errors and "stopped after step" in errors
-    done = int(metadata(tmp_path / "out/last")["step"])
-    assert 1 <= done == max(row["step"] for row in rows(tmp_path / "out") if "loss" in row)
-    load(tmp_path / "out/last")

@@ -23,13 +23,13 @@ SHORT = ["--cond", "critique", "--batch", 4, "--steps", 3, "--eval-samples", 1, 
 
 
 def test_out_of_memory_is_told_with_the_plan_and_the_run_goes_on_with_a_smaller_batch(trainer, tmp_path):
-    args = ["--cond", "ref", "--batch", 128, "--micro-batch", 128, "--steps", 1, "--epochs", 4, "--eval-samples", 1,
+    args = ["--cond", "ref", "--batch", 64, "--micro-batch", 64, "--steps", 1, "--epochs", 2, "--eval-samples", 1,
             "--out", tmp_path / "run"]
-    code, text = trainer(args, room=300 * 2 ** 20)
+    code, text = trainer(args, room=200 * 2 ** 20)
     assert code == 1 and "Traceback" not in text, text
     assert "train.py: out of memory after step 0" in text and "phase: training, activations and logits" in text
-    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 64 --sample-batch 256"
-    code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=300 * 2 ** 20)
+    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 32 --sample-batch 256"
+    code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=200 * 2 ** 20)
     assert code == 0 and "done." in text, text
 
 

@@ -126,11 +126,12 @@ def test_parsers_survive_2000_random_inputs_each(tmp_path):
             assert str(error).isprintable()
 
     values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3))
+                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+                          max_leaves=4)
     good = json.loads((EMBEDDED / "config.json").read_text())
 
     @options
-    @hypothesis.given(st.dictionaries(st.sampled_from([*good, "rope_scaling", "rope_parameters", "layer_types"]), values))
+    @hypothesis.given(st.dictionaries(st.sampled_from([*good, "rope_scaling", "rope_parameters", "layer_types"]), values, max_size=3))
     def configs(entries):
         (tmp_path / "config.json").write_text(json.dumps(good | entries))
         try:

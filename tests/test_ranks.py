@@ -38,25 +38,13 @@ def options(base, name, *more):
                           "--val", base / "val.jsonl", "--out", base / name.replace(" ", "-"), *more]))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Runs of one process: each condition, and one in small parts."""
-    base, before = tmp_path_factory.mktemp("ranks"), sys.argv
+def ahead(base):
+    """One torchrun: an --out that exists, which only rank 0 sees, each condition, and a batch that is too small."""
     for split, count in (("train", 24), ("val", 5)):            # 5: the two ranks have unequal shares
         lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
         (base / f"{split}.jsonl").write_text("".join(lines[:count]))
-    for name in [*CONDITIONS, "critique parts"]:
-        more = ["--sample-batch", 3, "--micro-batch", 2] if "parts" in name else []
-        sys.argv = ["train.py", *options(base, name, *more)]
-        assert train.main() == 0
-    sys.argv = before
-    return base
-
-
-@pytest.fixture(scope="module")
-def two(base):
-    """One torchrun: an --out that exists, which only rank 0 sees, each condition, and a batch that is too small."""
-    jobs = [(options(base, "grpo"), (2, 1)), *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),
+    (base / "ref-taken").mkdir()
+    jobs = [(options(base, "ref taken"), (2, 1)), *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),
             (options(base, "ref none", "--batch", 1), None)]
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in jobs[1:]]
     ports = [str(s.getsockname()[1]) for s in sockets] + [None]
@@ -73,7 +61,24 @@ def two(base):
     finally:
         process.terminate()
         process.wait()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return base, subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def two(ahead):
+    return ahead["test_ranks"].result()[1]
+
+
+@pytest.fixture(scope="module")
+def base(ahead):
+    """Runs of one process: each condition, and one in small parts."""
+    base, before = ahead["test_ranks"].result()[0], sys.argv
+    for name in [*CONDITIONS, "critique parts"]:
+        more = ["--sample-batch", 3, "--micro-batch", 2] if "parts" in name else []
+        sys.argv = ["train.py", *options(base, name, *more)]
+        assert train.main() == 0
+    sys.argv = before
+    return base
 
 
 def rows(folder):
@@ -113,9 +118,10 @@ def test_errors_are_told_once_and_end_all_processes(base, two):
     """All ranks said it, or the others, waiting for the one that knew, ended in tracebacks of their own."""
     ours = two.stderr.split("torch/distributed/elastic")[0]
     assert two.returncode != 0 and "Traceback" not in ours, two.stderr
+    assert "another process of this run has ended" not in ours
     sentences = [line for line in two.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(sentences) == 2, two.stderr
-    assert sentences[0].startswith(f"train.py: --out {base / 'grpo'} exists already")
+    assert sentences[0].startswith(f"train.py: --out {base / 'ref-taken'} exists already")
     assert sentences[1].startswith("train.py: --batch 1 must be between the number of processes (2)")
 
 
