@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import sd.compile
 import sd.sampling
 from sd import UserError, losses
-from sd.compile import Captured, check_compile, fused, next_logits, packed, padded
+from sd.compile import Captured, check_compile, fused, narrowed, next_logits, packed, padded
 from sd.lora import add_lora, switch
 from sd.model import Cache, ModelConfig, Transformer
 from sd.sampling import CHECK_EVERY, draw, sample, uniforms
@@ -74,8 +74,9 @@ def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
     switch(model, on)
     ids, logits = torch.arange(5), []
     with torch.no_grad():
-        for form in (model, packed(model, 5)):
+        for form in (model, packed(model, 5), narrowed(model)):
             logits.append(next_logits(form, ids, Cache(CONFIG, 5, 4, model.lm_head.weight), torch.zeros_like(ids), 1))
+    assert torch.equal(logits[0], logits.pop())                 # a cast before is the cast at every token
     torch.testing.assert_close(*logits, atol=1e-5 if dtype == torch.float32 else 0.5, rtol=0.02)
     assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()} for p in packed(model, 5).parameters())
 

@@ -72,7 +72,7 @@ def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
     assert planned == pytest.approx(taken, rel=0.15), (taken / GIB, {part: size / GIB for part, size in parts.items()})
 
 
-def test_the_plan_knows_what_python_and_pytorch_take(trainer):
+def test_the_plan_knows_what_python_and_pytorch_take(trainer, idle):          # idle: so it has been imported by now
     status = Path(f"/proc/{trainer.server.pid}/status").read_text()
     assert RUNTIME["cpu"] == pytest.approx(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]), rel=0.15)
 
