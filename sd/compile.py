@@ -1,7 +1,7 @@
 """The one place that makes things faster without changing them: packed weights, a captured decode step, a fused loss.
 
     device  without --compile                                   with --compile
-    cpu     decode: weights packed for oneDNN                   decode and loss: torch.compile, inductor's C++ (needs g++)
+    cpu     sampling: weights packed for oneDNN                 decode and loss: torch.compile, inductor's C++ (needs g++)
     cuda    as it is                                            decode: a CUDA graph; loss: torch.compile, cudagraphs
 
 Every number stays the same to rounding. Shapes that vary from call to call are symbolic on a CPU, where compiling takes
@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy
 from functools import cache
 
 import torch
@@ -42,29 +42,39 @@ def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor
     return model.lm_head(model.hidden(ids.unsqueeze(-1), cache, positions, slots)[:, -1])
 
 
-def decoder(model: Transformer, cache: Cache, tokens: int, compile: bool) -> Step:
-    """`next_logits` of one sampling call of at most `tokens` tokens, as fast as this device allows."""
-    on_cuda, model = model.lm_head.weight.is_cuda, narrowed(model)
-    if compile and on_cuda:
+def prepared(model: Transformer, rows: int, tokens: int, compile: bool) -> Transformer:
+    """The model with its weights as a sampling call of at most `tokens` tokens for `rows` rollouts reads them fastest."""
+    pack = not (compile or model.lm_head.weight.is_cuda) and tokens >= WORTH_PACKING and torch.backends.mkldnn.is_available()
+    return packed(narrowed(model), rows) if pack else narrowed(model)
+
+
+def decoder(model: Transformer, cache: Cache, compile: bool) -> Step:
+    """`next_logits` of one sampling call, as fast as this device allows."""
+    if compile and cache.k[0].is_cuda:
         return Captured(model, cache)
-    if compile:
-        step, fast = inductor(next_logits), model
-    else:
-        pack = not on_cuda and tokens >= WORTH_PACKING and torch.backends.mkldnn.is_available()
-        step, fast = next_logits, packed(model, cache.k[0].size(0)) if pack else model
-    return lambda ids, positions, slots: step(fast, ids, cache, positions, slots)
+    step = inductor(next_logits) if compile else next_logits
+    return lambda ids, positions, slots: step(model, ids, cache, positions, slots)
 
 
 def narrowed(model: Transformer) -> Transformer:
     """A copy that shares all but its adapters, which lie in the type of the weights: cast once, not at every token."""
     kind = model.lm_head.weight.dtype
-    if all(p.dtype == kind for p in model.parameters()):
-        return model
-    fast = deepcopy(model, {id(p): p for p in model.parameters() if p.dtype == kind})
-    for module in fast.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_A, module.lora_B = (nn.Parameter(p.detach().to(kind)) for p in (module.lora_A, module.lora_B))
-    return fast
+
+    def cast(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, LoRALinear):
+            return None
+        module = copy(module)
+        module._parameters = {name: p if p is None else nn.Parameter(p.detach().to(kind), requires_grad=False)
+                              for name, p in module._parameters.items()}
+        return module
+    return model if all(p.dtype == kind for p in model.parameters()) else rebuilt(model, cast)
+
+
+def rebuilt(module: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of a tree of modules that shares every tensor, with `other(part)` in a part's place where that is not None."""
+    twin = copy(module)
+    twin._modules = {name: other(part) or rebuilt(part, other) for name, part in module._modules.items()}
+    return twin
 
 
 class Packed(nn.Module):
@@ -82,12 +92,7 @@ class Packed(nn.Module):
 
 def packed(model: Transformer, rows: int) -> Transformer:
     """A copy that shares everything with the model but the packed weights; stale after the next optimiser step."""
-    fast = deepcopy(model, {id(p): p for p in model.parameters()})
-    for module in list(fast.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, (nn.Linear, LoRALinear)):
-                setattr(module, name, Packed(child, rows))
-    return fast
+    return rebuilt(model, lambda part: Packed(part, rows) if isinstance(part, (nn.Linear, LoRALinear)) else None)
 
 
 class Captured:

@@ -101,12 +101,12 @@ def completion_hidden(model: Transformer, prompts: list[list[int]], completions:
 
     Token t of a row is predicted one position before its own. Prompt [7, 8, 9], completion [5, 6]:
 
-        position    0  1  2  3  4
-        input       7  8  9  5  6
-        predicts    8  9  5  6  -        -> positions 2 and 3: len(prompt) - 1 onwards, len(completion) of them
+        position    0  1  2  3
+        input       7  8  9  5           -> the last token is not read: nothing follows it
+        predicts    8  9  5  6           -> positions 2 and 3: len(prompt) - 1 onwards, len(completion) of them
     """
     device = model.lm_head.weight.device
-    ids = pad([p + c for p, c in zip(prompts, completions)], device)                        # (B, T)
+    ids = pad([p + c[:-1] for p, c in zip(prompts, completions)], device)                   # (B, T)
     at = [row * ids.size(1) + len(p) - 1 + t for row, (p, c) in enumerate(zip(prompts, completions))
           for t in range(len(c))]
     return model.hidden(ids).flatten(0, 1)[torch.tensor(at, device=device)]                 # (M, C)

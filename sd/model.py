@@ -114,8 +114,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(d, c.rms_norm_eps)
             self.k_norm = RMSNorm(d, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Cache | None, positions: Tensor | None,
-                mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Cache | None,
+                slot: tuple[Tensor, slice, Tensor] | None, mask: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         D = self.config.head_dim
         q = self.q_proj(x).view(B, T, -1, D)    # (B, T, H, D)
@@ -125,17 +125,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)   # (B, H, T, D), (B, K, T, D)
 
-        if positions is None:                   # whole sequences from position 0: plain causal attention
+        if slot is None:                        # whole sequences from position 0: plain causal attention
             if cache is not None:
                 cache.k[layer][:, :, :T] = k
                 cache.v[layer][:, :, :T] = v
             if q.is_cuda and q.dtype == torch.float32:      # flash has no float32, and only it takes fewer key heads there
                 k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1)) # (B, H, T, D)
-        else:                                   # one new token a row, at positions (B): write its slot, then read
-            slot = positions.view(B, 1, 1, 1).expand_as(k)                                  # (B, K, 1, D)
-            cache.k[layer].scatter_(2, slot, k)
-            cache.v[layer].scatter_(2, slot, v)
+        else:                                   # one new token a row: write its slot, then read
+            cache.k[layer][slot] = k.squeeze(2)                                             # (B, K, D)
+            cache.v[layer][slot] = v.squeeze(2)
             S = mask.size(-1)                   # the slots in use; the query heads of a group share one key head
             q = q.reshape(B, self.config.num_key_value_heads, -1, D)                        # (B, K, H/K, D)
             out = F.scaled_dot_product_attention(q, cache.k[layer][:, :, :S], cache.v[layer][:, :, :S], mask)
@@ -196,8 +195,9 @@ class Transformer(nn.Module):
         beyond a row's own position (a pad of its prompt, or not yet written) is masked.
         """
         if positions is None:
-            at, mask = torch.arange(ids.size(1), device=ids.device), None
+            at, slot, mask = torch.arange(ids.size(1), device=ids.device), None, None
         else:
+            slot = torch.arange(len(ids), device=ids.device), slice(None), positions                # of (B, K, S, D)
             at = positions[:, None, None]                                                       # (B, 1, 1)
             mask = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)                   # (B, 1, 1, S)
         x = self.model.embed_tokens(ids)                                                        # (B, T, C)
@@ -205,9 +205,9 @@ class Transformer(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, layer, cache, positions, mask, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, layer, cache, slot, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, layer, cache, positions, mask)
+                x = block(x, cos, sin, layer, cache, slot, mask)
         return self.model.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # fl
 GIB = 2 ** 30
 CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12), "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
 REACHED, LAUNCHES = 0.4, 70 * 6e-6      # assumed, not measured: of a card's rates; seconds a layer takes to launch, uncompiled
-RUNTIME = {"cpu": 0.31 * GIB, "cuda": 0.7 * GIB}    # Python, PyTorch, and the CUDA context
+# Python and PyTorch, whose builds for CUDA are larger, and the CUDA context
+RUNTIME = {"cpu": (0.65 if torch.backends.cuda.is_built() else 0.31) * GIB, "cuda": 0.7 * GIB}
 
 
 def parameters(shape: ModelConfig) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.compile import decoder
+from sd.compile import decoder, prepared
 from sd.model import Cache, Transformer
 
 CHECK_EVERY = 8     # tokens between two looks at which rows are finished: each look waits for the device
@@ -53,18 +53,18 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     By the inverse of the cumulative distribution at `uniform` (N), without a host round trip. In float64: in float32 the
     sum over a large vocabulary rounds away what its rare tokens have.
     """
-    logprobs = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)                 # (N, V)
+    probs = F.softmax(logits.float() / (temperature or 1.0), dim=-1)                        # (N, V)
     if temperature == 0:
-        ids = logprobs.argmax(-1)
+        ids = probs.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)                         # (N, V)
+        cumulative = probs.cumsum(-1, dtype=torch.float64)                                  # (N, V)
         at = uniform.unsqueeze(-1) * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, at, right=True).squeeze(-1)                    # (N)
         ids = ids.clamp(max=logits.size(-1) - 1)            # only NaN logits get there; the caller sees them in logprobs
-    return ids, logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return ids, probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
            temperature: float = 1.0, group: int = 1, noise: Tensor | None = None, compile: bool = False) -> Rollouts:
     """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens.
@@ -74,6 +74,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (P)
     cache = Cache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, model.lm_head.weight)
+    model = prepared(model, len(prompts) * group, max_new_tokens, compile)
     hidden = model.hidden(pad(prompts, device), cache)                                      # (P, longest, C)
     logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), lengths - 1])  # (P, V)
 
@@ -85,7 +86,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
                    torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, max_new_tokens, device=device),
                    torch.ones(N, dtype=torch.bool, device=device))
     noise = (torch.rand(N, max_new_tokens, dtype=torch.float64) if noise is None else noise).to(device)
-    step = decoder(model, cache, max_new_tokens, compile)
+    step = decoder(model, cache, compile)
     ends = torch.tensor(eos, device=device)         # one id or several
     rows = torch.arange(N, device=device)           # which rollout a row of the shrinking batch belongs to
     going = torch.ones(N, dtype=torch.bool, device=device)

@@ -45,8 +45,7 @@ def sampled(model, prompts, tokens, compile=False, plain=False):
     """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr(sd.sampling, "decoder", lambda model, cache, tokens, compile: lambda ids, positions, slots:
-                          next_logits(model, ids, cache, positions, slots))
+            patch.setattr(sd.sampling, "prepared", lambda model, rows, tokens, compile: model)
         return sample(model, prompts, EOS, tokens, 1.3, 2, uniforms(2 * len(prompts), tokens, 1), compile)
 
 
@@ -147,7 +146,7 @@ class Replayed(Captured):
 def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, monkeypatch):
     plain = sampled(model, PROMPTS, LIMIT, plain=True)
     monkeypatch.setattr(sd.compile, "SLOTS", 16)
-    monkeypatch.setattr(sd.sampling, "decoder", lambda model, cache, tokens, compile: Replayed(model, cache))
+    monkeypatch.setattr(sd.sampling, "decoder", lambda model, cache, compile: Replayed(model, cache))
     Replayed.made.clear()
     assert_same(sample(model, PROMPTS, EOS, LIMIT, 1.3, 2, uniforms(10, LIMIT, 1)), plain)
     rows, slots = zip(*Replayed.made)
