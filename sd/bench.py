@@ -99,8 +99,8 @@ def step(args, device, cond: str) -> dict:
     conditions.completion_hidden = inner
     clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
     a_token, head = 2 * parameters(shape)[1], 2 * shape.vocab_size * shape.hidden_size * tokens
-    forward = a_token * args.batch * (args.prompt + args.tokens)
-    flop = {"student forward": forward, "loss and backward": 2 * forward + (3 + distilled) * head}
+    forward, back = a_token * args.batch * (args.prompt + args.tokens), 1 if args.lora_rank else 2  # frozen: no gradient
+    flop = {"student forward": forward, "loss and backward": back * forward + (1 + back + distilled) * head}
     if distilled:
         flop["teacher"] = a_token * args.batch * (args.prompt + 2 * args.tokens)
     return {"seconds": clock, "flop": flop}

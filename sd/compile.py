@@ -1,8 +1,8 @@
 """The one place that makes things faster without changing them: packed weights, a captured decode step, a fused loss.
 
-    device  without --compile                                   with --compile
-    cpu     sampling: weights packed for oneDNN                 decode and loss: torch.compile, inductor's C++ (needs g++)
-    cuda    as it is                                            decode: a CUDA graph; loss: torch.compile, cudagraphs
+    device  without --compile                                      with --compile, beside that
+    cpu     sampling: a large model's weights packed for oneDNN    the decode step and the loss: inductor's C++ (needs g++)
+    cuda    as it is                                               decode: a CUDA graph; loss: torch.compile, cudagraphs
 
 Every number stays the same to rounding. Shapes that vary from call to call are symbolic on a CPU, where compiling takes
 long and running does not care; on CUDA they are rounded up to a few sizes. Nothing is ever compiled with Triton.
@@ -10,12 +10,14 @@ long and running does not care; on CUDA they are rounded up to a few sizes. Noth
 Simplified: torch's own "cudagraphs" backend takes no input as fixed, so it would copy all weights at every token and
 refuse a cache that is written in place. The decode step is therefore captured by hand, anew in each sampling call.
 """
+import itertools
 import math
 import shutil
 import sys
 from collections.abc import Callable
 from copy import copy
 from functools import cache
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from sd.lora import LoRALinear
 from sd.model import Cache, Transformer
 
 SLOTS = 256             # cache slots that a captured step reads: the next multiple
-WORTH_PACKING = 16      # tokens: packing costs about what two decode steps cost
+WORTH_PACKING = 16, 2 ** 23     # tokens, as it costs what two decode steps cost; weights, as a cache holds fewer anyway
 
 Step = Callable[[Tensor, Tensor, int], Tensor]      # ids (B), positions (B), slots in use -> logits (B, V)
 
@@ -42,16 +44,18 @@ def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor
     return model.lm_head(model.hidden(ids.unsqueeze(-1), cache, positions, slots)[:, -1])
 
 
-def prepared(model: Transformer, rows: int, tokens: int, compile: bool) -> Transformer:
+def prepared(model: Transformer, rows: int, tokens: int) -> Transformer:
     """The model with its weights as a sampling call of at most `tokens` tokens for `rows` rollouts reads them fastest."""
-    pack = not (compile or model.lm_head.weight.is_cuda) and tokens >= WORTH_PACKING and torch.backends.mkldnn.is_available()
-    return packed(narrowed(model), rows) if pack else narrowed(model)
+    pays = tokens >= WORTH_PACKING[0] and sum(p.numel() for p in model.parameters()) >= WORTH_PACKING[1]
+    pays = pays and not model.lm_head.weight.is_cuda and torch.backends.mkldnn.is_available()
+    return packed(narrowed(model), rows) if pays else narrowed(model)
 
 
 def decoder(model: Transformer, cache: Cache, compile: bool) -> Step:
     """`next_logits` of one sampling call, as fast as this device allows."""
     if compile and cache.k[0].is_cuda:
         return Captured(model, cache)
+    NUMBERED.update((part.number, part.weight) for part in model.modules() if isinstance(part, Packed))
     step = inductor(next_logits) if compile else next_logits
     return lambda ids, positions, slots: step(model, ids, cache, positions, slots)
 
@@ -78,21 +82,40 @@ def rebuilt(module: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -
 
 
 class Packed(nn.Module):
-    """An nn.Linear whose weight lies as oneDNN reads it: a decode step with few rows is half as long."""
+    """An nn.Linear whose weight lies as oneDNN reads it: a decode step with few rows is half as long.
 
-    def __init__(self, linear: nn.Linear | LoRALinear, rows: int):
+    torch.compile cannot hold such a tensor: compiled code knows it by its number, the same in every sampling call.
+    """
+
+    def __init__(self, linear: nn.Linear | LoRALinear, rows: int, number: int):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias, self.adapter = linear.bias, linear.adapter if isinstance(linear, LoRALinear) and linear.on else None
+        self.number, self.out, self.bias = number, linear.weight.size(0), linear.bias
+        self.adapter = linear.adapter if isinstance(linear, LoRALinear) and linear.on else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():
+            y = torch.ops.sd.numbered_linear(x, self.number, self.out, self.bias)
+        else:
+            y = packed_linear(x, self.weight, self.bias)
         return y if self.adapter is None else y + self.adapter(x)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+NUMBERED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()      # the weights of the sampling call that is going on
+OPERATORS = torch.library.Library("sd", "DEF")
+OPERATORS.define("numbered_linear(Tensor x, int number, int out, Tensor? bias) -> Tensor")
+OPERATORS.impl("numbered_linear", lambda x, number, out, bias: packed_linear(x, NUMBERED[number], bias), "CPU")
+torch.library.register_fake("sd::numbered_linear", lambda x, number, out, bias: x.new_empty(*x.shape[:-1], out))
 
 
 def packed(model: Transformer, rows: int) -> Transformer:
     """A copy that shares everything with the model but the packed weights; stale after the next optimiser step."""
-    return rebuilt(model, lambda part: Packed(part, rows) if isinstance(part, (nn.Linear, LoRALinear)) else None)
+    numbers = itertools.count()
+    return rebuilt(model, lambda part: Packed(part, rows, next(numbers)) if isinstance(part, (nn.Linear, LoRALinear)) else None)
 
 
 class Captured:

@@ -23,7 +23,7 @@ from sd.problems import Problem
 from sd.sampling import pad
 from sd.tokenizer import Tokenizer
 
-CHUNK = 2 ** 25     # logits held at once: 128 MiB in float32, of which a divergence has some six alive
+CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32, of which a divergence has some six alive
 SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 

@@ -194,13 +194,14 @@ class Transformer(nn.Module):
         With `positions` (B) and `ids` (B, 1): one decoding step against the first `slots` slots of the cache. A slot
         beyond a row's own position (a pad of its prompt, or not yet written) is masked.
         """
+        x = self.model.embed_tokens(ids)                                                        # (B, T, C)
         if positions is None:
             at, slot, mask = torch.arange(ids.size(1), device=ids.device), None, None
         else:
             slot = torch.arange(len(ids), device=ids.device), slice(None), positions                # of (B, K, S, D)
             at = positions[:, None, None]                                                       # (B, 1, 1)
-            mask = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)                   # (B, 1, 1, S)
-        x = self.model.embed_tokens(ids)                                                        # (B, T, C)
+            seen = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)                   # (B, 1, 1, S)
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)         # added to the scores
         cos, sin = rotary_tables(at, self.config)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in enumerate(self.model.layers):

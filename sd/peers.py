@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sd.lora import TARGETS
 from sd.tokenizer import Tokenizer
 
 
@@ -67,17 +68,23 @@ def trl_step(args, device, cond: str) -> dict:
                   generation_kwargs={"min_new_tokens": args.tokens}, max_steps=2, learning_rate=1e-6, temperature=1.0,
                   bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", use_cpu=device.type == "cpu",
                   model_init_kwargs={"dtype": args.dtype}, disable_tqdm=True, logging_strategy="no")
+    adapter = None
+    if args.lora_rank:
+        from peft import LoraConfig
+        adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=list(TARGETS))
     texts = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.prompt, 0)]
     if cond == "grpo":
         from trl import GRPOConfig, GRPOTrainer
         trainer = GRPOTrainer(args.model, lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-                              GRPOConfig(num_generations=args.batch, **common), Dataset.from_dict({"prompt": texts}))
+                              GRPOConfig(num_generations=args.batch, **common), Dataset.from_dict({"prompt": texts}),
+                              peft_config=adapter)
     else:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
         shown = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.tokens, 1)]
         trainer = SDFTTrainer(args.model, SDFTConfig(num_generations=1, teacher_model_kind=args.teacher, top_k=0,
                               teacher_prompt_template="{prompt}{privileged_context}", distillation_mode="full_logits",
-                              **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}))
+                              **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}),
+                              peft_config=adapter)
     clock = Clock()
 
     class Watch(TrainerCallback):

@@ -74,7 +74,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (P)
     cache = Cache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, model.lm_head.weight)
-    model = prepared(model, len(prompts) * group, max_new_tokens, compile)
+    model = prepared(model, len(prompts) * group, max_new_tokens)
     hidden = model.hidden(pad(prompts, device), cache)                                      # (P, longest, C)
     logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), lengths - 1])  # (P, V)
 

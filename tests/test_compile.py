@@ -3,18 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sd.compile
 import sd.sampling
 from sd import UserError, losses
-from sd.compile import Captured, check_compile, fused, narrowed, next_logits, packed, padded
+from sd.compile import NUMBERED, Captured, check_compile, fused, narrowed, next_logits, packed, padded
 from sd.lora import add_lora, switch
 from sd.model import Cache, ModelConfig, Transformer
 from sd.sampling import CHECK_EVERY, draw, sample, uniforms
@@ -45,7 +47,7 @@ def sampled(model, prompts, tokens, compile=False, plain=False):
     """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr(sd.sampling, "prepared", lambda model, rows, tokens, compile: model)
+            patch.setattr(sd.sampling, "prepared", lambda model, rows, tokens: model)
         return sample(model, prompts, EOS, tokens, 1.3, 2, uniforms(2 * len(prompts), tokens, 1), compile)
 
 
@@ -54,8 +56,13 @@ def assert_same(one, other):
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def pack_all(monkeypatch):
+    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (0, 0))
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_weights_sample_the_same_rollouts(tied):
+def test_packed_weights_sample_the_same_rollouts(tied, pack_all):
     model = tiny(replace(CONFIG, tie_word_embeddings=tied))
     plain = sampled(model, PROMPTS, LIMIT, plain=True)
     assert plain.lengths.min() <= CHECK_EVERY < plain.lengths.max()         # so rows are dropped on the way
@@ -81,12 +88,18 @@ def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
 
 
 @needs_compiler
-def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches():
+@pytest.mark.parametrize("pack", [False, True])
+def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches(pack, request):
+    if pack:
+        request.getfixturevalue("pack_all")
     model = tiny(replace(CONFIG, num_hidden_layers=1))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompts, tokens in ((PROMPTS, LIMIT), (PROMPTS[:2], 7), (PROMPTS[1:], 40), (PROMPTS[:2], LIMIT)):
             assert_same(sampled(model, prompts, tokens, compile=True), sampled(model, prompts, tokens, plain=True))
+            for p in model.parameters():                # a step of training: what was packed before is stale
+                p.data.mul_(1.1)
+    assert not NUMBERED                                 # no weights outlive their sampling call
 
 
 @needs_compiler
@@ -155,32 +168,47 @@ def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, m
 
 
 class OnDevice(TorchDispatchMode):
-    """Tensors without data stand for a device: what copies from or to it, or waits for it, fails. Shapes are numbers."""
+    """What copies from a device or to it, or waits for it, fails; so does a shape that is not a number."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.calls = device, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        assert all(t.device.type == "meta" and all(type(n) is int for n in t.shape) for t in tensors), func
+        assert all(t.device.type == self.device and all(type(n) is int for n in t.shape) for t in tensors), func
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
         self.calls += 1
         return out
 
 
-def test_decode_step_draw_and_losses_stay_on_the_device_and_never_wait_for_it():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this PyTorch was built without CUDA"))])
+def test_decode_step_draw_and_losses_stay_on_the_device_and_never_wait_for_it(device, dtype):
+    """Tensors without data stand for a device: "meta" everywhere, fake CUDA ones, needing no GPU, where PyTorch knows CUDA.
+
+    A backward pass needs a GPU even so: gradients on "meta" alone.
+    """
+    new = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device=device)
     with torch.device("meta"):
-        model = Transformer(CONFIG).bfloat16().requires_grad_(False)
+        model = Transformer(CONFIG).requires_grad_(False)
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        for module in model.modules():
+            module._parameters = {name: p if p is None else new(p.shape) for name, p in module._parameters.items()}
         cache = Cache(CONFIG, 4, 32, model.lm_head.weight)
-        ids, uniform = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.float64)
-        mode = OnDevice()
-        mode.calls = 0
-        with mode:
+        ids, uniform = new(4, dtype=torch.long), new(4, dtype=torch.float64)
+        with OnDevice(device) as seen:
             logits = next_logits(model, ids, cache, ids, 32)
             assert draw(logits, 1.1, uniform)[0].shape == (4,)
             for name in LOSSES:
-                student = logits.detach().requires_grad_()
+                student = logits.detach().requires_grad_(device == "meta")
                 other = logits.detach()[:, 0] if name == "grpo" else logits.detach()
-                losses.of_logits(name, 0.3, 1.1)(student, other, ids).sum().backward()
-        assert mode.calls > 100
+                loss = losses.of_logits(name, 0.3, 1.1)(student, other, ids).sum()
+                if device == "meta":
+                    loss.backward()
+        assert seen.calls > 100
 
 
 def test_sampling_waits_for_the_device_once_in_a_while_and_not_per_token(model):
