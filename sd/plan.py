@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sd.checkpoint import EMBEDDED, read_config
+from sd.compile import WORTH_PACKING
 from sd.conditions import CHUNK
 from sd.config import Config
 from sd.lora import TARGETS
@@ -89,7 +90,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
 
     rollouts = -(-config.batch // ranks) * group
     validated = -(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) * config.eval_samples
-    packed = (adapted + V * C) * size if cpu else 0         # sd/compile.py packs the weights for decoding
+    packed = (adapted + V * C) * size if cpu and total >= WORTH_PACKING[1] else 0       # sd/compile.py, for decoding
     rows = min(config.sample_batch, max(rollouts, validated))
     out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, packed)
     if critique and (own or config.critic == "self"):

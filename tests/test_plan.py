@@ -125,7 +125,8 @@ def test_parts_come_and_go_with_their_options(qwen3):
     assert whole["self-teacher"] == 2 * whole["weights"]                    # and the initial policy, of full size
     training = "phase: training, activations and logits"
     assert needs(replace(qwen3, recompute=False))[training] > 5 * base[training]
-    assert needs(replace(qwen3, divergence="jsd"))[training] > base[training] > needs(replace(qwen3, cond="grpo"))[training]
+    short = [needs(replace(qwen3, max_new_tokens=128, **more))[training] for more in ({"divergence": "jsd"}, {}, {"cond": "grpo"})]
+    assert short[0] > short[1] > short[2]                                   # else a layer's activations are more than the logits
     assert "critic" not in base and needs(replace(qwen3, cond="critique", critic=qwen3.model))["critic"] == base["weights"]
 
 
