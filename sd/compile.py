@@ -46,9 +46,11 @@ def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor
 
 def prepared(model: Transformer, rows: int, tokens: int) -> Transformer:
     """The model with its weights as a sampling call of at most `tokens` tokens for `rows` rollouts reads them fastest."""
+    weight, fast = model.lm_head.weight, narrowed(model)
     pays = tokens >= WORTH_PACKING[0] and sum(p.numel() for p in model.parameters()) >= WORTH_PACKING[1]
-    pays = pays and not model.lm_head.weight.is_cuda and torch.backends.mkldnn.is_available()
-    return packed(narrowed(model), rows) if pays else narrowed(model)
+    works = not weight.is_cuda and torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return packed(fast, rows) if pays and works else fast
 
 
 def decoder(model: Transformer, cache: Cache, compile: bool) -> Step:

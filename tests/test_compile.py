@@ -43,6 +43,15 @@ def tiny(config):
     return model.requires_grad_(False)
 
 
+def with_adapter(model):
+    """As after some training: a new adapter changes nothing."""
+    add_lora(model, 4, 8.0, 0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
 def sampled(model, prompts, tokens, compile=False, plain=False):
     """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -72,11 +81,7 @@ def test_packed_weights_sample_the_same_rollouts(tied, pack_all):
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
-    model = tiny(CONFIG).to(dtype)
-    add_lora(model, 4, 8.0, 0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model = with_adapter(tiny(CONFIG).to(dtype))
     switch(model, on)
     ids, logits = torch.arange(5), []
     with torch.no_grad():
@@ -90,9 +95,10 @@ def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
 @needs_compiler
 @pytest.mark.parametrize("pack", [False, True])
 def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches(pack, request):
+    model = tiny(replace(CONFIG, num_hidden_layers=1))
     if pack:
         request.getfixturevalue("pack_all")
-    model = tiny(replace(CONFIG, num_hidden_layers=1))
+        with_adapter(model)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompts, tokens in ((PROMPTS, LIMIT), (PROMPTS[:2], 7), (PROMPTS[1:], 40), (PROMPTS[:2], LIMIT)):
