@@ -38,7 +38,10 @@ def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
 
 
 def generation_times(args, draw) -> dict:
-    """Of `draw(n)`, which generates n tokens: for the prompts with the first token, and for all further ones."""
+    """Of `draw(n)`, which generates n tokens: for the prompts with the first token, and for all further ones.
+
+    For a single token our weights are not packed; that they are for more, and with them the prompts faster, counts as decoding.
+    """
     clock = Clock()
     draw(args.tokens if args.compile else 2)            # what is set up once is not counted
     with clock("prefill"):

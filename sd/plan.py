@@ -53,12 +53,15 @@ def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute
     return tokens * shape.num_hidden_layers * layer, tokens * 2 * inner * size
 
 
-def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, packed: int) -> float:
-    """Bytes for `rows` rollouts: the key/value cache and, at one time each, the prompts' forward pass or decoding."""
+def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, cpu: bool) -> float:
+    """Bytes for `rows` rollouts: cache, packed weights and, at one time each, the prompts' forward pass or decoding."""
+    total, projections, _ = parameters(shape)
+    packs = cpu and new >= WORTH_PACKING[0] and total >= WORTH_PACKING[1]                   # as sd/compile.py does
+    packed = (projections + shape.vocab_size * shape.hidden_size) * size if packs else 0
     cache = 2 * rows * (prompt + new) * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
     copied = cache / (2 * shape.num_hidden_layers)          # when finished rows are dropped, one layer at a time
-    draw = rows * shape.vocab_size * (size + 4 + 4 + 8)     # logits, log-probabilities, theirs and their sum in float64
-    return cache + max(copied, forward(shape, rows * prompt, size), packed + draw)
+    draw = rows * shape.vocab_size * (size + 4 + 8 + 8)     # logits, probabilities, those and their sums in float64
+    return cache + packed + max(copied, forward(shape, rows * prompt, size), draw)
 
 
 def forward(shape: ModelConfig, tokens: int, size: int) -> float:
@@ -90,13 +93,12 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
 
     rollouts = -(-config.batch // ranks) * group
     validated = -(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) * config.eval_samples
-    packed = (adapted + V * C) * size if cpu and total >= WORTH_PACKING[1] else 0       # sd/compile.py, for decoding
     rows = min(config.sample_batch, max(rollouts, validated))
-    out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, packed)
+    out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, cpu)
     if critique and (own or config.critic == "self"):
         read = min(SCRIBE + PROMPT + 2 * new, max(1, judge.max_position_embeddings - config.critic_tokens))
         out["phase: the critic's key/value cache"] = sampling(judge, min(config.critic_batch, rollouts), read,
-                                                              config.critic_tokens, size, packed)
+                                                              config.critic_tokens, size, cpu)
     rows = min(config.micro_batch, rollouts)
     kept, passing = activations(shape, rows * (PROMPT + new), size, config.lora_rank, config.recompute)
     logits = 4 * V * min(max(1, CHUNK // V), rows * new)

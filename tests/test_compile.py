@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import sd.compile
 import sd.sampling
 from sd import UserError, losses
-from sd.compile import NUMBERED, Captured, check_compile, fused, narrowed, next_logits, packed, padded
+from sd.compile import NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed, padded, prepared
 from sd.lora import add_lora, switch
 from sd.model import Cache, ModelConfig, Transformer
 from sd.sampling import CHECK_EVERY, draw, sample, uniforms
@@ -66,8 +66,23 @@ def assert_same(one, other):
 
 
 @pytest.fixture
-def pack_all(monkeypatch):
+def pack_all(monkeypatch, model):
     monkeypatch.setattr(sd.compile, "WORTH_PACKING", (0, 0))
+    assert has_packed(prepared(model, 2, 1))            # the premise
+
+
+def has_packed(model):
+    return any(isinstance(part, Packed) for part in model.modules())
+
+
+def test_weights_are_packed_where_that_pays_and_works(model, monkeypatch):
+    weights = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (16, weights))
+    assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(model, 2, 15))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(tiny(CONFIG).bfloat16(), 2, 16))
+    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (16, weights + 1))
+    assert not has_packed(prepared(model, 2, 16))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import sd.plan
 from sd.checkpoint import EMBEDDED, load, read_config, save_model
 from sd.conditions import Feedback, Teacher, accumulate
 from sd.config import PRESETS, Config
@@ -128,6 +129,17 @@ def test_parts_come_and_go_with_their_options(qwen3):
     short = [needs(replace(qwen3, max_new_tokens=128, **more))[training] for more in ({"divergence": "jsd"}, {}, {"cond": "grpo"})]
     assert short[0] > short[1] > short[2]                                   # else a layer's activations are more than the logits
     assert "critic" not in base and needs(replace(qwen3, cond="critique", critic=qwen3.model))["critic"] == base["weights"]
+
+
+def test_packed_weights_count_where_a_model_is_large_enough_to_be_packed(monkeypatch):
+    """Of the critic by its own size. What is packed is every matrix but the embedding."""
+    shape, phases = read_config(EMBEDDED), ("phase: sampling, key/value cache", "phase: the critic's key/value cache")
+    linear = sum(m.weight.numel() for m in Transformer(shape).modules() if isinstance(m, torch.nn.Linear))
+    config, plans = Config(cond="critique", critic=str(EMBEDDED)), []
+    for worth in (0, sum(p.numel() for p in Transformer(shape).parameters()) + 1):
+        monkeypatch.setattr(sd.plan, "WORTH_PACKING", (16, worth))
+        plans.append(needs(config))
+    assert [plans[0][phase] - plans[1][phase] for phase in phases] == [4 * linear] * 2
 
 
 def test_two_devices_halve_what_each_samples(qwen3):
