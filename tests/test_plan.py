@@ -67,9 +67,9 @@ def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
             args += [f"--{option.replace('_', '-')}"] + ([value] if value is not True else [])
     assert trainer(args, measured=True)[0] == 0
     parts = needs(config)
-    if name != "recomputed":        # the test's own premise
-        assert parts["phase: training, activations and logits"] > 0.4 * peak(parts)
     taken, planned = trainer.peak - idle, peak(parts) - RUNTIME["cpu"]
+    if name != "recomputed":        # the test's own premise
+        assert parts["phase: training, activations and logits"] > 0.6 * planned
     assert planned == pytest.approx(taken, rel=0.15), (taken / GIB, {part: size / GIB for part, size in parts.items()})
 
 
