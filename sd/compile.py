@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from sd import UserError
 from sd.lora import LoRALinear
@@ -108,10 +108,10 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 NUMBERED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()      # the weights of the sampling call that is going on
-OPERATORS = torch.library.Library("sd", "DEF")
+OPERATORS = library.Library("sd", "DEF")
 OPERATORS.define("numbered_linear(Tensor x, int number, int out, Tensor? bias) -> Tensor")
 OPERATORS.impl("numbered_linear", lambda x, number, out, bias: packed_linear(x, NUMBERED[number], bias), "CPU")
-torch.library.register_fake("sd::numbered_linear", lambda x, number, out, bias: x.new_empty(*x.shape[:-1], out))
+library.register_fake("sd::numbered_linear", lambda x, number, out, bias: x.new_empty(*x.shape[:-1], out))
 
 
 def packed(model: Transformer, rows: int) -> Transformer:
