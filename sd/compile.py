@@ -91,9 +91,12 @@ class Packed(nn.Module):
 
     def __init__(self, linear: nn.Linear | LoRALinear, rows: int, number: int):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.number, self.out, self.bias = number, linear.weight.size(0), linear.bias
-        self.adapter = linear.adapter if isinstance(linear, LoRALinear) and linear.on else None
+        weight, adapted = linear.weight.detach(), isinstance(linear, LoRALinear) and linear.on
+        merges = adapted and weight.dtype == torch.float32          # a narrower type would round the adapter away
+        self.adapter = linear.adapter if adapted and not merges else None
+        weight = linear.merged().detach() if merges else weight
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.number, self.out, self.bias = number, weight.size(0), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
