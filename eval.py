@@ -1,9 +1,9 @@
-"""Measures a checkpoint on the test problems: Avg@k, Maj@k, Pass@k with 95 % bootstrap intervals over problems.
+"""Measures a checkpoint on test problems: Avg@k, Maj@k, Pass@k with 95 % bootstrap intervals over problems.
 
-    python eval.py                            the embedded solver before training
-    python eval.py runs/ref-seed0/best        after
-    python eval.py runs/ref-seed*/best        several seeds: each, then mean and standard deviation over them
-    python eval.py --context critique         the self-teacher: the same solver, shown a critique of its own rollout
+    python eval.py                      the embedded solver before training
+    python eval.py runs/ref-seed0/best  after
+    python eval.py runs/ref-seed*/best  several seeds: each, then mean and standard deviation over them
+    python eval.py --context critique   the self-teacher: the same solver, shown a critique of its own rollout
     python eval.py Qwen3-1.7B --test test.jsonl --max-new-tokens 2048 --dtype bfloat16
 """
 import argparse
@@ -24,26 +24,33 @@ from sd.problems import embedded, read_problems
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED], metavar="FOLDER",
                         help="checkpoints (default: the embedded solver)")
     parser.add_argument("--samples", type=int, default=12, help="k: rollouts per problem (default: 12)")
-    parser.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens, help="(default: %(default)s)")
-    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch, help="rollouts at once (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=Config.temperature,
+                        help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens,
+                        help="(default: %(default)s)")
+    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch,
+                        help="rollouts at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test", type=Path, metavar="FILE", help="problems, JSONL (default: the embedded ones)")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which of the embedded problems")
-    parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this context, a "
-                        "reference solution or a symbolic critique")
+    parser.add_argument("--test", type=Path, metavar="FILE",
+                        help="problems, JSONL (default: the embedded ones)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test",
+                        help="which of the embedded problems")
+    parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this "
+                        "context, a reference solution or a symbolic critique")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
-    if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 <= args.temperature < float("inf"):
-        parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, --temperature 0 or more")
+    if (min(args.samples, args.max_new_tokens, args.sample_batch) < 1
+            or not 0 <= args.temperature < float("inf")):
+        parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, "
+                     "--temperature 0 or more")
     if args.compile:
         check_compile(pick_device(args.device))
     return args
@@ -56,17 +63,20 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     problems = read_problems(args.test) if args.test else embedded(args.split)
     if args.context == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")
-    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, args.max_new_tokens, args.seed,
-                      args.context, rows=args.sample_batch, compile=args.compile).summary()
+    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, args.max_new_tokens,
+                      args.seed, args.context, rows=args.sample_batch, compile=args.compile).summary()
     data = str(args.test or args.split)
     result = {"folder": str(folder), "split": data, "context": args.context, "seed": args.seed,
               "temperature": args.temperature, **result, "seconds": round(time.time() - start, 1)}
     who = f"self-teacher with {args.context}" if args.context else "student"
-    print(f"{folder} ({who}): {result['problems']} {data} problems, {args.samples} samples each, {result['seconds']} s")
+    print(f"{folder} ({who}): {result['problems']} {data} problems, {args.samples} samples each, "
+          f"{result['seconds']} s")
     for name in metric_names(args.samples):
         m = result[name]
-        print(f"  {name.capitalize():8s} {m['mean']:6.2f}   95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
-    print(f"  mean length {result['mean_length']:.1f} tokens, truncated {result['truncated']:.1f} %", flush=True)
+        print(f"  {name.capitalize():8s} {m['mean']:6.2f}   "
+              f"95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
+    print(f"  mean length {result['mean_length']:.1f} tokens, truncated {result['truncated']:.1f} %",
+          flush=True)
     return result
 
 

@@ -2,8 +2,8 @@
 
     python train.py --cond ref
     python train.py --preset paper --cond critique --model Qwen3-1.7B --data train.jsonl --val val.jsonl
-    torchrun --nproc-per-node 2 train.py --cond grpo          rollouts split over processes
-    python train.py --resume runs/ref-seed0                   goes on where that run stopped, to the same numbers
+    torchrun --nproc-per-node 2 train.py --cond grpo      rollouts split over processes
+    python train.py --resume runs/ref-seed0               goes on where that run stopped, to the same numbers
 
 Read `train` top to bottom: sample, feedback, loss, step, log.
 """
@@ -35,7 +35,7 @@ LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 
 
 def data_order(config: Config, count: int) -> list[int]:
-    """The order of the training problems over all epochs: a new shuffle each, one stream across their borders."""
+    """The training problems' order over all epochs: a new shuffle each, one stream across their borders."""
     rng = random.Random(f"{config.seed} order")
     return [i for _ in range(config.epochs) for i in rng.sample(range(count), count)]
 
@@ -43,10 +43,11 @@ def data_order(config: Config, count: int) -> list[int]:
 def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Problem], list[Problem]]:
     """Training and validation problems. Raises UserError if a prompt is too long or `ref` lacks solutions.
 
-    `limit` is how many tokens a prompt may have; the self-teacher's has some more than the student's, context aside.
+    `limit`: tokens a prompt may have; the self-teacher's has some more than the student's, context aside.
     """
     if limit < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves the model no position for a prompt; lower it")
+        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves the model no position "
+                        "for a prompt; lower it")
     problems = read_problems(Path(config.data)) if config.data else embedded("train")
     validation = read_problems(Path(config.val)) if config.val else embedded("val")
     for p in problems + validation:
@@ -55,17 +56,19 @@ def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pr
             raise UserError(f"problem {p.id!r}: its prompt has {length} tokens, {limit} fit the model beside "
                             "--max-new-tokens; remove it or lower that")
     if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
-        raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have no solution to show")
+        raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have "
+                        "no solution to show")
     return problems, validation
 
 
-def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer, problems: list[Problem]) -> Critic | None:
-    """The frozen critic; `self` is the initial policy, which shares what it can with the student and the self-teacher."""
+def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer,
+                problems: list[Problem]) -> Critic | None:
+    """The frozen critic; `self`, the initial policy, shares what it can with student and self-teacher."""
     if config.cond != "critique":
         return None
     if config.critic == "symbolic":
         critic = SymbolicCritic(config.quoting, config.critic_noise)
-        critic.batch(problems, [""] * len(problems), [False] * len(problems))       # tells now what it cannot read
+        critic.batch(problems, [""] * len(problems), [False] * len(problems))  # tells now what it cannot read
         return critic
     if "://" in config.critic:
         return ServerCritic(config.critic, config.critic_tokens)
@@ -91,11 +94,13 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
     steps = len(order) // config.batch
     steps = min(config.steps, steps) if config.steps else steps
     if steps == 0 or config.batch < ranks.world:
-        raise UserError(f"--batch {config.batch} must be between the number of processes ({ranks.world}) and the problems of "
-                        f"all epochs ({len(order)})")
+        raise UserError(f"--batch {config.batch} must be between the number of processes ({ranks.world}) and "
+                        f"the problems of all epochs ({len(order)})")
     if len(validation) < ranks.world:
-        raise UserError(f"--val holds {len(validation)} problems, fewer than the {ranks.world} processes; start fewer")
-    begin, group = run.begin(student, optimizer, teacher, steps, problems + validation), config.rollouts_per_problem
+        raise UserError(f"--val holds {len(validation)} problems, fewer than the {ranks.world} processes; "
+                        "start fewer")
+    begin, group = (run.begin(student, optimizer, teacher, steps, problems + validation),
+                    config.rollouts_per_problem)
 
     for step in range(begin, steps + 1):
         if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
@@ -112,52 +117,58 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         batch = [problems[i] for i in order[step * config.batch:(step + 1) * config.batch][share]]
         prompts = [tokenizer.student_prompt(p.problem) for p in batch]
         noise = uniforms(config.batch * group, config.max_new_tokens, config.seed, "rollouts", step)
-        rollouts = sample_in_parts(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature, group,
-                                   noise[share.start * group:share.stop * group], config.sample_batch,
+        rollouts = sample_in_parts(student, prompts, tokenizer.eos, config.max_new_tokens, config.temperature,
+                                   group, noise[share.start * group:share.stop * group], config.sample_batch,
                                    config.compile)
-        if ranks.total(float(not torch.isfinite(rollouts.logprobs).all())):     # grpo's loss would be 0: nothing is right
-            raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; nothing was updated. "
-                                     "Lower --lr, or look at the weights of --model")
+        # not left to the loss: grpo's would be 0, as nothing is right
+        if ranks.total(float(not torch.isfinite(rollouts.logprobs).all())):
+            raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; "
+                                     "nothing was updated. Lower --lr, or look at the weights of --model")
 
         # 2. feedback: the one place where the conditions differ
         owners = [p for p in batch for _ in range(group)]
         completions, truncated = rollouts.completions(), rollouts.truncated.tolist()
         texts = [tokenizer.decode(c) for c in completions]
-        rewards = [float(equal(final_answer(text, cut), p.answer)) for text, cut, p in zip(texts, truncated, owners)]
+        rewards = [float(equal(final_answer(text, cut), p.answer))
+                   for text, cut, p in zip(texts, truncated, owners)]
         told = feedback(config.cond, owners, texts, truncated, rewards, group, critic, tokenizer, limit)
         malformed = [c.malformed for c in told.critiques or []]
 
         # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's policy gradient
         prompts = [prompt for prompt in prompts for _ in range(group)]
-        tokens = ranks.total(sum(len(c) for i, c in enumerate(completions) if not (malformed and malformed[i])))
+        tokens = ranks.total(sum(len(c) for i, c in enumerate(completions)
+                                 if not (malformed and malformed[i])))
         loss = ranks.total(accumulate(student, teacher, prompts, completions, told, config, tokens))
         ranks.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if not math.isfinite(loss) or not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step + 1}: the loss is {loss} and its gradient norm {norm:.3g}; nothing was "
-                                     f"updated. Lower --lr, or look at {run.path}/rollouts.jsonl")
+            raise FloatingPointError(f"step {step + 1}: the loss is {loss} and its gradient norm {norm:.3g}; "
+                                     f"nothing was updated. Lower --lr, or look at {run.path}/rollouts.jsonl")
 
         # 4. step and 5. log: whole or not at all, should Ctrl-C come now
-        rows = ranks.gather([{"id": p.id, "problem": p.problem, "trace": text, "reward": reward, "tokens": len(c), "cut": cut,
+        rows = ranks.gather([{"id": p.id, "problem": p.problem, "trace": text, "reward": reward,
+                              "tokens": len(c), "cut": cut,
                               **({"critique": told.critiques[i].text, "case": told.critiques[i].case,
                                   "malformed": malformed[i]} if malformed else {})}
                              for i, (p, text, reward, c, cut) in
                              enumerate(zip(owners, texts, rewards, completions, truncated))])
         if step == 0 and len(rows) >= 8 and malformed and all(row["malformed"] for row in rows):
-            raise UserError(f"step 1: all {len(rows)} critiques are malformed, the first one: {rows[0]['malformed']}; "
-                            "nothing was updated. Take more --critic-tokens or another --critic")
+            raise UserError(f"step 1: all {len(rows)} critiques are malformed, the first one: "
+                            f"{rows[0]['malformed']}; nothing was updated. "
+                            "Take more --critic-tokens or another --critic")
         mean = lambda key: sum(row[key] for row in rows) / len(rows)
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
         with signals.shielded():
             optimizer.step()
-            optimizer.zero_grad()               # now, so that the gradients do not lie there while the next step samples
+            optimizer.zero_grad()    # now, so that the gradients do not lie there while the next step samples
             teacher.update(student)
             run.stepped(step + 1, {
                 "loss": loss, "reward": mean("reward"), "length": mean("tokens"), "truncated": mean("cut"),
-                "entropy": surprise / sum(row["tokens"] for row in rows),          # unbiased: the mean of -log p(y_t)
+                "entropy": surprise / sum(row["tokens"] for row in rows),  # unbiased: the mean of -log p(y_t)
                 "grad_norm": norm.item(), "rollouts": (step + 1) * len(rows),
                 **({"critique_malformed": sum(bool(row["malformed"]) for row in rows)} if malformed else {}),
-                **({"context_shortened": int(shortened)} if told.teacher_prompts is not None else {})}, rows[:LOGGED])
+                **({"context_shortened": int(shortened)} if told.teacher_prompts is not None else {})
+            }, rows[:LOGGED])
 
 
 def main() -> int:
@@ -169,7 +180,7 @@ def main() -> int:
 
 
 def guarded(signals: Signals) -> int:
-    """Trains; whatever ends that, keeps what there is and tells the user in one sentence. Returns the exit status."""
+    """Trains; however it ends, keeps what there is and says how in one sentence. Returns the exit status."""
     run, ranks, status, message = None, None, 0, ""
     try:
         config, args = parse_config(__doc__.split("\n")[0])
@@ -179,22 +190,26 @@ def guarded(signals: Signals) -> int:
         ranks = Ranks(config.torch_device)
         run = RunFolder(config, ranks, args.resume)
         train(config, run, ranks, signals)
-        message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; now on the test problems:\n"
-                   f"  python eval.py {run.path}/best" + (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} "
-                                                          f"--temperature {config.temperature}" if config.data else ""))
+        message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; "
+                   f"now on the test problems:\n  python eval.py {run.path}/best" +
+                   (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} "
+                    f"--temperature {config.temperature}" if config.data else ""))
     except UserError as error:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
     except Lost as error:
-        status, message = 1, f"train.py: {error}; go on with: python train.py --resume {run.path}" if run else ""
+        status, message = 1, (f"train.py: {error}; go on with: python train.py --resume {run.path}"
+                              if run else "")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         status = 1
         message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error)[:200]!r}). "
-                   f"--plan says:\n{plan(config)}\n" + (f"then go on with: python train.py --resume {run.path} --micro-batch "
-                   f"{max(1, config.micro_batch // 2)} --sample-batch {max(1, config.sample_batch // 2)}" if run else ""))
+                   f"--plan says:\n{plan(config)}\n" +
+                   (f"then go on with: python train.py --resume {run.path} "
+                    f"--micro-batch {max(1, config.micro_batch // 2)} "
+                    f"--sample-batch {max(1, config.sample_batch // 2)}" if run else ""))
     except Stop as stop:
         status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
         if run and run.student is not None:
@@ -204,7 +219,7 @@ def guarded(signals: Signals) -> int:
             with signals.shielded():
                 run.close()
     except (UserError, Stop) as error:
-        if isinstance(error, UserError) and status != 2:            # else the first failed write has been told
+        if isinstance(error, UserError) and status != 2:        # else the first failed write has been told
             message += f"\ntrain.py: {error}"
         status = status or (2 if isinstance(error, UserError) else 128 + error.number)
     if ranks is not None and status == 0:

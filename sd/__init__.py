@@ -5,17 +5,19 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can put right, in one sentence. The command lines print it and exit with status 2."""
+    """Something the user can put right, in one sentence. The commands print it and exit with status 2."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a type of its own for CUDA alone, and not for all of that; elsewhere its libraries say it in words."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory", "not create a primitive")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    """PyTorch has a type for CUDA alone, and not for all of that; elsewhere its libraries say it in words."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory",
+             "not create a primitive")
+    return (isinstance(error, MemoryError)
+            or isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
-    """Decorates the `main` of a command, which then returns its exit status and shows no traceback for what is no bug."""
+    """Decorates a command's `main`, to return its exit status and show no traceback for what is no bug."""
     def decorate(main: Callable[..., None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(*args) -> int:

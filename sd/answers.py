@@ -1,18 +1,18 @@
-r"""Final answers: take one out of a trace, decide whether two are equal. Nothing that a model wrote is ever run.
+r"""Final answers: take one out of a trace, decide whether two are equal. Nothing a model wrote is ever run.
 
-A small reader for the LaTeX of short answers gives each a canonical string. A formula becomes its value modulo a prime,
-with a fixed random number for each letter: two formulas that are equal everywhere are equal there, two others almost
-never are (1e-60), and 9^{999} costs no more than 9. Lists, intervals, matrices, equations and words are strings built
-around such values. What cannot be read is compared as text.
+A small reader for the LaTeX of short answers gives each a canonical string. A formula becomes its value
+modulo a prime, with a fixed random number for each letter: two formulas that are equal everywhere are equal
+there, two others almost never are (1e-60), and 9^{999} costs no more than 9. Lists, intervals, matrices,
+equations and words are strings built around such values. What cannot be read is compared as text.
 
-Conventions, after the answers of the MATH and GSM8K data: percent signs, currencies, degrees and units are dropped;
-lists and sets have no order, tuples have one; `5` is as good as `x = 5`, and `52` as `52_8`, but `y = 5` is another
-answer than `x = 5`; a rounded number is another number. Values count, not forms: `(x+1)^2` is `x^2+2x+1`. But unlike in
-a computer algebra system, a sum or product of plain numbers is unfinished and equals no number: else `7*8 + 6*9` would
-be the answer to itself.
+Conventions, after the answers of the MATH and GSM8K data: percent signs, currencies, degrees and units are
+dropped; lists and sets have no order, tuples have one; `5` is as good as `x = 5`, and `52` as `52_8`, but
+`y = 5` is another answer than `x = 5`; a rounded number is another number. Values count, not forms: `(x+1)^2`
+is `x^2+2x+1`. But unlike in a computer algebra system, a sum or product of plain numbers is unfinished and
+equals no number: else `7*8 + 6*9` would be the answer to itself.
 
-Simplified: letters under a root count as positive; i is a letter; even roots of negative numbers, and of some multiples
-of primes above 170, equal only the same root; sin and log are not evaluated; equations are not rearranged.
+Simplified: letters under a root count as positive; i is a letter; even roots of negative numbers, and of some
+multiples of primes > 170, equal only the same root; sin and log are not evaluated, equations not rearranged.
 """
 import re
 from fractions import Fraction
@@ -21,26 +21,27 @@ from math import prod
 
 from sd.steps import parse
 
-# It is -1 modulo 8 and modulo each odd prime q < 170. Hence 2 and these q are squares, -1 is not, and roots of squares
-# are unique among the squares: what one expects of positive numbers.
+# It is -1 modulo 8 and modulo each odd prime q < 170. Hence 2 and these q are squares, -1 is not, and roots
+# of squares are unique among the squares: what one expects of positive numbers.
 PRIME = 12 * prod(q for q in range(2, 170) if all(q % d for d in range(2, q))) - 1
 LENGTH, DEPTH = 400, 25             # longer or deeper answers are compared as text
 BINDING = {r"\cup": 1, "+": 2, "-": 2, "*": 3, "/": 3, "^": 4}
 RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", ":"}
 FUNCTIONS = {"\\" + name for name in "sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()}
-NAMES = {"\\" + name for name in "alpha beta gamma delta theta lambda mu phi pi psi rho sigma omega infty".split()}
-FACTORS = {"(", "{", r"\frac", r"\sqrt"} | FUNCTIONS | NAMES       # a sign of multiplication before them may be missing
-SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne", r"\cdot": "*",
-             r"\times": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac", ";": ",", "and": ",", "or": ",",
-             "−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi", "θ": r"\theta", "√": r"\sqrt", "±": r"\pm",
-             "∞": r"\infty", "∪": r"\cup", "≤": r"\le", "≥": r"\ge", "sqrt": r"\sqrt", "inf": r"\infty",
-             **{name[1:]: name for name in FUNCTIONS | NAMES}}
+NAMES = {"\\" + name
+         for name in "alpha beta gamma delta theta lambda mu phi pi psi rho sigma omega infty".split()}
+FACTORS = {"(", "{", r"\frac", r"\sqrt"} | FUNCTIONS | NAMES       # a `*` before them may be missing
+SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne",
+             r"\cdot": "*", r"\times": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac", ";": ",",
+             "and": ",", "or": ",", "−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi", "θ": r"\theta",
+             "√": r"\sqrt", "±": r"\pm", "∞": r"\infty", "∪": r"\cup", "≤": r"\le", "≥": r"\ge",
+             "sqrt": r"\sqrt", "inf": r"\infty", **{name[1:]: name for name in FUNCTIONS | NAMES}}
 TEXT = r"\\(?:text[a-z]*|mbox|mathrm)\s*\{"
 NO_UNIT = r"(?!\s*(?:[ap]\.?\s*m\b|(?:" + "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))"
 UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
-# What makes no difference goes first, by regular expressions: raised digits, thousands' separators as in 1{,}000 and
-# 1,\!000, sizes of brackets, units (in \text, then plain), \text itself, matrices (as [[1, 2], [3, 4]]), degrees,
-# spacing, currencies.
+# What makes no difference goes first, by regular expressions: raised digits, thousands' separators as in
+# 1{,}000 and 1,\!000, sizes of brackets, units (in \text, then plain), \text itself, matrices (as
+# [[1, 2], [3, 4]]), degrees, spacing, currencies.
 CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
     ("²", "^2"), ("³", "^3"), (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|math(?:bf|it)|displaystyle|phantom)(?![A-Za-z])", ""),
@@ -58,13 +59,13 @@ SYMBOL = re.compile(r"[A-Za-z]{1,2}(_\w)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+")
 BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)[$\n]|\\[{}\\]|[{}]")
 HASHES = re.compile(r"^[ \t]*####(.*)\n", re.MULTILINE)
 WRAPPED = re.compile(r"\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
-# The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4); an int
-# modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
+# The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4);
+# an int modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
 Value = Fraction | int | list | str
 
 
 def final_answer(trace: str, truncated: bool) -> str | None:
-    r"""The last `<answer>` of a trace, or else `\boxed{…}`, or else line `#### …`; None without one that is not cut off."""
+    r"""The last `<answer>` of a trace, or else `\boxed{…}`, or else line `#### …`; None if none is whole."""
     answer = parse(trace).answer
     if answer is not None:
         found = "" if truncated and not answer.closed else boxed(answer.text + "\n") or answer.text
@@ -93,11 +94,12 @@ def equal(answer: str | None, truth: str) -> bool:
     if answer is None:
         return False
     left, right = canonical(answer), canonical(truth)
-    return left == right or any(canonical(answer, bare) == canonical(truth, bare) in (left, right) for bare in (1, 2))
+    return left == right or any(canonical(answer, bare) == canonical(truth, bare) in (left, right)
+                                for bare in (1, 2))
 
 
 def canonical(answer: str, bare: int = 0) -> str:
-    """The same string for equal answers. `x =` is left out if `bare` is 1 or 2, the base of a number if it is 2."""
+    """One string for equal answers. `x =` is left out if `bare` is 1 or 2, a number's base if it is 2."""
     text = (boxed(answer + "\n") or answer).strip()
     if len(text) > LENGTH:
         return text
@@ -105,14 +107,14 @@ def canonical(answer: str, bare: int = 0) -> str:
         for pattern, replacement in CLEANING:
             text = pattern.sub(replacement, " ".join(text.split()))
     tokens, at, depth = [], 0, 0
-    while match := not depth and THOUSANDS.match(text, at) or TOKEN.match(text, at):      # but (1,234) is a point
+    while match := not depth and THOUSANDS.match(text, at) or TOKEN.match(text, at):  # but (1,234) is a point
         token, at = match[1].replace(",", "") or ",", match.end()
         token = SPELLINGS.get(token, token.lower() if token.isalpha() and len(token) > 2 else token)
         depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
-        tokens += [token] if len(token) > 2 or not token.isalpha() else token       # ab is a times b, abc a word
+        tokens += [token] if len(token) > 2 or not token.isalpha() else token   # ab is a times b, abc a word
     values = []
     try:
-        for sign in "+-":                               # what ± stands for; the second time, only what is new counts
+        for sign in "+-":                               # what ± stands for; the second time, only what is new
             items = Reader([sign if token == r"\pm" else token for token in tokens], bare).items("")
             if not items:
                 raise ValueError("empty")
@@ -138,7 +140,7 @@ def residue(value: Value) -> int:
 
 
 def letter(name: str) -> int:
-    return int(sha256(name.encode()).hexdigest(), 16) ** 2 % PRIME      # a square, so that the root of x^2 is x
+    return int(sha256(name.encode()).hexdigest(), 16) ** 2 % PRIME    # a square, so that the root of x^2 is x
 
 
 def calculate(left: Value, operator: str, right: Value) -> Value:
@@ -242,9 +244,10 @@ class Reader:
         if token[-1].isdecimal():
             name = self.subscripted(token)
             value = Fraction(token) if name == token or self.bare == 2 else letter(name)
-            if name.isdecimal() and self.next == r"\frac":          # 1\frac{4}{5} is 9/5, but 2\frac{x}{3} a product
+            if name.isdecimal() and self.next == r"\frac":  # 1\frac{4}{5} is 9/5, but 2\frac{x}{3} a product
                 fraction = self.operand()
-                value = value + fraction if isinstance(fraction, Fraction) else calculate(value, "*", fraction)
+                value = (value + fraction if isinstance(fraction, Fraction) else
+                         calculate(value, "*", fraction))
         elif token in NAMES or len(token) == 1 and token.isalpha():
             value = letter(self.subscripted(token))
         elif token.isalpha():

@@ -1,8 +1,9 @@
 """Hugging Face folders <-> model, and the one way this project writes files.
 
-A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their index), tokenizer.json.
-Names and sizes are those of the Hugging Face format, so transformers and vLLM open what we write. Loading refuses, by
-name, what a config asks for and this model does not do: an ignored entry is a wrong model that looks right.
+A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their index),
+tokenizer.json. Names and sizes are those of the Hugging Face format, so transformers and vLLM open what we
+write. Loading refuses, by name, what a config asks for and this model does not do: an ignored entry is a
+wrong model that looks right.
 """
 import json
 import os
@@ -26,19 +27,19 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "max_position_embeddings")
 UNUSED = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sliding_window": (None, False),
           "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
-COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja", "vocab.json", "merges.txt")
+COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 LARGEST = 2 ** 38       # parameters; more is a broken config, told before anything is allocated
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write; then fsync and rename, so nobody ever sees half a file. Raises UserError."""
+    """Yields a temporary path to write; then fsync and rename: nobody sees half a file. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode     # the user's own; safetensors puts a file there that others cannot read
+        mode = temporary.stat().st_mode  # the user's own; safetensors makes a file that others cannot read
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
@@ -49,8 +50,8 @@ def atomic(path: Path) -> Iterator[Path]:
         os.close(folder)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free the space or "
-                        "choose another --out") from None
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+                        "free the space or choose another --out") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -62,7 +63,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json -> ModelConfig. Raises UserError naming the file and the entry that is missing or not supported."""
+    """config.json -> ModelConfig. Raises UserError naming the file and the missing or unsupported entry."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +94,8 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rope_scaling and rope_parameters must be one object for all layers")
     if rope.get("partial_rotary_factor") not in UNUSED["partial_rotary_factor"]:
-        raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]!r} is not supported")
+        raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]!r} "
+                        "is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if raw["model_type"] == "llama" else None))
     if not isinstance(theta, (int, float)) or not theta > 1:
         raise UserError(f"{path}: rope_theta must be a number above 1, not {theta!r}")
@@ -102,9 +104,11 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(head_dim, int) or not 0 < head_dim < 2**16 or head_dim % 2:
         raise UserError(f"{path}: head_dim must be a positive even integer, not {head_dim!r}")
     weights = raw["num_hidden_layers"] * raw["hidden_size"] * (
-        3 * raw["intermediate_size"] + 2 * head_dim * (raw["num_attention_heads"] + raw["num_key_value_heads"]))
+        3 * raw["intermediate_size"] +
+        2 * head_dim * (raw["num_attention_heads"] + raw["num_key_value_heads"]))
     if weights + 2 * raw["vocab_size"] * raw["hidden_size"] > LARGEST or raw["num_hidden_layers"] > 1000:
-        raise UserError(f"{path}: asks for {weights:.1e} weights in {raw['num_hidden_layers']} layers; that is no real model")
+        raise UserError(f"{path}: asks for {weights:.1e} weights in {raw['num_hidden_layers']} layers; "
+                        "that is no real model")
     return ModelConfig(
         **{name: raw[name] for name in SIZES}, head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta), rope_scaling=_rope_scaling(path, rope),
@@ -118,7 +122,8 @@ def _rope_scaling(path: Path, rope: dict) -> RopeScaling | None:
         return None
     values = [rope.get(f.name) for f in fields(RopeScaling)]
     if kind != "llama3":
-        raise UserError(f"{path}: rotary positions of type {str(kind)[:40]!r} are not supported, only default and llama3")
+        raise UserError(f"{path}: rotary positions of type {str(kind)[:40]!r} are not supported, "
+                        "only default and llama3")
     if not all(isinstance(v, (int, float)) and v > 0 for v in values) or values[1] >= values[2]:
         raise UserError(f"{path}: rope_scaling llama3 needs {', '.join(f.name for f in fields(RopeScaling))}")
     return RopeScaling(*values)
@@ -128,7 +133,7 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer, ModelConfig]:
     """Opens a checkpoint folder: (model, tokenizer, config), the model in `dtype` on `device`.
 
-    Raises UserError if a file is missing or broken, or if a tensor is missing, superfluous or of another shape.
+    Raises UserError if a file is missing or broken, or a tensor is missing, superfluous or of another shape.
     """
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
@@ -136,7 +141,8 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
     config = read_config(folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, "
+                        f"the model only {config.vocab_size}")
     with torch.device("meta"):                          # shapes without memory
         model = Transformer(config)
     expected = dict(model.named_parameters())           # a tied lm_head is listed once, as the embedding
@@ -156,7 +162,8 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
         except (OSError, SafetensorError, struct.error) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     if missing := sorted(set(expected) - set(tensors)):
-        raise UserError(f"{folder / 'model.safetensors'}: lacks {len(missing)} tensors, the first is {missing[0]}")
+        raise UserError(f"{folder / 'model.safetensors'}: lacks {len(missing)} tensors, "
+                        f"the first is {missing[0]}")
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -173,17 +180,19 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         files: dict[Path, list[str]] = {}
         for tensor, name in weight_map.items():
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: {name[:120]!r} is not the name of a safetensors file in this folder")
+                raise UserError(f"{index}: {name[:120]!r} is not the name of "
+                                "a safetensors file in this folder")
             files.setdefault(folder / name, []).append(tensor)
         return files
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not a readable index of safetensors files ({type(error).__name__})") from None
+        raise UserError(f"{index}: not a readable index of safetensors files "
+                        f"({type(error).__name__})") from None
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor], source: Path, **facts) -> None:
-    """Writes the folder; tokenizer and config come from `source`, with the type of the weights as they are saved.
+    """Writes the folder; tokenizer and config come from `source`, with the type of the weights as saved.
 
-    `facts` (step, score) go into the safetensors header: weights and what is known of them change in one atomic rename.
+    `facts` (step, score) go into the safetensors header: weights and facts change in one atomic rename.
     """
     source = Path(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""grpo / ref / critique: what the self-teacher sees of a batch of rollouts, and the loss that follows from it.
+"""grpo / ref / critique: what the self-teacher sees of a batch of rollouts, and the loss that follows.
 
     L_SD  = E_{y ~ student(.|x)} [ sum_t D( student(.|x, y_<t) || stopgrad teacher(.|x, c, y_<t) ) ] / tokens
     grpo  = E [ sum_t -A_i log student(y_t|x, y_<t) ] / tokens,  A_i = (r_i - mean(r)) / std(r)
 
-The conditions differ in `feedback` alone. `accumulate` scores the very token ids that were sampled, under the student's
-prompt with gradient and the teacher's without, in micro-batches of similar length; the normaliser is the number of
-completion tokens in the whole batch, so the micro-batch size changes memory and not the result.
+The conditions differ in `feedback` alone. `accumulate` scores the very token ids that were sampled, under the
+student's prompt with gradient and the teacher's without, in micro-batches of similar length; the normaliser
+is the number of completion tokens in the whole batch, so the micro-batch size changes memory, not the result.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,22 +29,23 @@ SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 @dataclass
 class Feedback:
-    """What a batch of N rollouts is told; one of the first two is set. None in their place: left out of the loss."""
+    """What N rollouts are told; one of the first two is set. None in their place: left out of the loss."""
     advantages: list[float] | None = None                  # grpo: one constant per rollout
     teacher_prompts: list[list[int] | None] | None = None  # ref, critique: problem and context
     critiques: list[Critique] | None = None
     shortened: int = 0                                     # contexts that did not fit whole
 
 
-def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: list[bool], rewards: list[float],
-             group: int, critic: Critic, tokenizer: Tokenizer, limit: int) -> Feedback:
-    """The one place where the three conditions differ. `problems` has an entry per rollout, groups side by side.
+def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: list[bool],
+             rewards: list[float], group: int, critic: Critic, tokenizer: Tokenizer, limit: int) -> Feedback:
+    """The one place where the three conditions differ. `problems` has one per rollout, groups side by side.
 
-    `limit` is how many tokens a teacher's prompt may have. Raises UserError if one does not fit even without its context,
-    or if the critic cannot be reached.
+    `limit` is how many tokens a teacher's prompt may have. Raises UserError if one does not fit even without
+    its context, or if the critic cannot be reached.
     """
     if cond == "grpo":
-        return Feedback(advantages=losses.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist())
+        return Feedback(
+            advantages=losses.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist())
     if cond == "ref":
         critiques, contexts = None, [p.solution for p in problems]
     else:
@@ -58,16 +59,16 @@ def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: li
             prompt = tokenizer.teacher_prompt(problem.problem, cond, tokenizer.decode(kept))
             told.shortened += 1
             if len(prompt) > limit:
-                raise UserError(f"problem {problem.id!r}: too long for the self-teacher's prompt; remove it or lower "
-                                "--max-new-tokens")
+                raise UserError(f"problem {problem.id!r}: too long for the self-teacher's prompt; "
+                                "remove it or lower --max-new-tokens")
         told.teacher_prompts.append(prompt)
     return told
 
 
 class Teacher:
-    """The self-teacher's weights: `base` the initial ones, `ema` their moving average, `live` the student's own.
+    """The self-teacher's weights: `base` the initial ones, `ema` a moving average, `live` the student's own.
 
-    What the student does not train is shared, not copied: under LoRA, `base` is the same module with its adapter off.
+    What the student does not train is shared, not copied: under LoRA `base` is the same weights, adapter off.
     """
 
     def __init__(self, kind: str, student: Transformer, decay: float):
@@ -88,7 +89,7 @@ class Teacher:
 
 
 def initial_policy(student: Transformer) -> Transformer:
-    """The policy before training, held fixed: the student's own weights with its adapter off, or a copy of them all."""
+    """The policy before training, held fixed: the student's weights, adapter off, or a copy of them all."""
     if not any(isinstance(module, LoRALinear) for module in student.modules()):
         return deepcopy(student).requires_grad_(False)
     policy = deepcopy(student, {id(p): p for p in student.parameters()})
@@ -97,13 +98,13 @@ def initial_policy(student: Transformer) -> Transformer:
 
 
 def completion_hidden(model: Transformer, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Hidden states (M, C) that predict the M completion tokens of all rows, row after row; no padding among them.
+    """Hidden states (M, C) that predict the M completion tokens of all rows, row after row, without padding.
 
     Token t of a row is predicted one position before its own. Prompt [7, 8, 9], completion [5, 6]:
 
         position    0  1  2  3
-        input       7  8  9  5           -> the last token is not read: nothing follows it
-        predicts    8  9  5  6           -> positions 2 and 3: len(prompt) - 1 onwards, len(completion) of them
+        input       7  8  9  5       -> the last token is not read: nothing follows it
+        predicts    8  9  5  6       -> positions 2 and 3: len(prompt) - 1 onwards, len(completion) of them
     """
     device = model.lm_head.weight.device
     ids = pad([p + c[:-1] for p, c in zip(prompts, completions)], device)                   # (B, T)
@@ -132,14 +133,16 @@ def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]],
         answered = [completions[i] for i in micro]
         ids = torch.tensor([token for c in answered for token in c], device=device)         # (M)
         if rewarded:
-            fixed = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]], device=device)    # (M)
+            fixed = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]],
+                                 device=device)                                             # (M)
         else:
             with torch.no_grad():
-                fixed = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro], answered)    # (M, C)
+                fixed = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro],
+                                          answered)                                         # (M, C)
         hidden = completion_hidden(student, [prompts[i] for i in micro], answered)          # (M, C)
 
-        # (M, V) would be the largest tensor by far. Each chunk of tokens goes forward and at once backward to `top`, and its
-        # logits are gone before the next chunk's; then one backward pass goes through the model.
+        # (M, V) would be the largest tensor by far. Each chunk of tokens goes forward and at once backward to
+        # `top`, its logits gone before the next chunk's; then one backward pass goes through the model.
         top = hidden.detach().requires_grad_()
         chunk = max(1, CHUNK // student.config.vocab_size)
         for part in (slice(at, at + chunk) for at in range(0, len(ids), chunk)):

@@ -1,4 +1,4 @@
-"""Every option of a training run, in one dataclass: the command line comes from it, and it is saved with the run."""
+"""Every option of a training run, in one dataclass: the command line comes from it, and each run saves it."""
 import argparse
 import json
 import os
@@ -25,20 +25,22 @@ def option(default, help: str, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    cond: str = option("", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference solution "
-                           "(ref), a critique of this rollout (critique)", ("grpo", "ref", "critique"))
+    cond: str = option("", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference "
+                           "solution (ref), a critique of this rollout (critique)",
+                       ("grpo", "ref", "critique"))
     seed: int = option(0, "seed of the data order, the adapter and all sampling")
     out: str = option("", "run folder; must not exist yet (default: runs/COND-seedSEED, numbered if taken)")
     # what is trained, on what
     model: str = option("", "checkpoint folder of the solver (default: the embedded solver)")
     data: str = option("", "training problems, JSONL (default: the embedded ones)")
     val: str = option("", "validation problems, JSONL; they choose best/")
-    critic: str = option("symbolic", "symbolic (exact, embedded task only), self (the initial policy), a checkpoint FOLDER, "
-                                     "or the URL of an OpenAI-compatible server, URL#MODEL")
+    critic: str = option("symbolic",
+                         "symbolic (exact, embedded task only), self (the initial policy), a checkpoint "
+                         "FOLDER, or the URL of an OpenAI-compatible server, URL#MODEL")
     critic_tokens: int = option(2048, "tokens a critique may have, thoughts included (not for symbolic)")
     # the method
-    divergence: str = option("forward", "KL(teacher||student), KL(student||teacher), JSD(beta), or the sampled token's "
-                                        "policy gradient", tuple(DIVERGENCES))
+    divergence: str = option("forward", "KL(teacher||student), KL(student||teacher), JSD(beta), "
+                                        "or the sampled token's policy gradient", tuple(DIVERGENCES))
     beta: float = option(0.5, "weight of the teacher in JSD, between 0 and 1")
     teacher: str = option("base", "the self-teacher's weights: initial, moving average, the student's own",
                           ("base", "ema", "live"))
@@ -63,7 +65,8 @@ class Config:
     micro_batch: int = option(64, "rollouts scored at once")
     sample_batch: int = option(512, "rollouts sampled at once")
     recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
-    compile: bool = option(False, "compile the decode step and the loss: CUDA graphs, or C++ on a CPU (needs g++)")
+    compile: bool = option(False, "compile the decode step and the loss: CUDA graphs, "
+                                  "or C++ on a CPU (needs g++)")
     # the evaluation on validation problems, which chooses best/
     eval_every: int = option(10, "steps between evaluations")
     eval_samples: int = option(4, "rollouts per validation problem")
@@ -75,7 +78,7 @@ class Config:
 
     @property
     def critic_batch(self) -> int:
-        """Critiques written at once: with the trace that it reads and its thoughts, one is some four rollouts long."""
+        """Critiques at once: with the trace it reads and its thoughts, one is some four rollouts long."""
         return max(1, self.sample_batch // 4)
 
     @property
@@ -95,8 +98,8 @@ class Config:
             raise UserError(f"--device must be cpu, cuda or cuda:N, not {self.device[:40]!r}")
         if not 0 <= self.seed < 2 ** 63:
             raise UserError(f"--seed must be 0 or more and below 2**63, not {str(self.seed)[:40]}")
-        for name in ("temperature", "max_new_tokens", "critic_tokens", "lr", "batch", "epochs", "clip", "lora_alpha",
-                     "micro_batch", "sample_batch", "eval_every", "eval_samples"):
+        for name in ("temperature", "max_new_tokens", "critic_tokens", "lr", "batch", "epochs", "clip",
+                     "lora_alpha", "micro_batch", "sample_batch", "eval_every", "eval_samples"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         for name in ("steps", "lora_rank"):
@@ -106,19 +109,22 @@ class Config:
             raise UserError("--beta must be between 0 and 1; its ends are --divergence reverse and forward")
         for name in ("ema_decay", "critic_noise"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, "
+                                f"not {getattr(self, name)}")
         if "://" in self.critic:
             check_url(self.critic)          # whatever the condition: it is written into the run folder
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if self.dtype == "bfloat16" and not self.lora_rank:
-            raise UserError("--dtype bfloat16 needs --lora-rank: steps of the usual size vanish in bfloat16 weights")
+            raise UserError("--dtype bfloat16 needs --lora-rank: "
+                            "steps of the usual size vanish in bfloat16 weights")
         if bool(self.data) != bool(self.val):
-            raise UserError("--data and --val go together: problems to train on, and others that choose the best checkpoint")
+            raise UserError("--data and --val go together: problems to train on, "
+                            "and others that choose the best checkpoint")
 
 
 def pick_device(name: str) -> torch.device:
-    """`name`, or cuda if there is one. Raises UserError if it is not there; under torchrun each rank takes its own."""
+    """`name`, or cuda if there is one, under torchrun each rank's own. Raises UserError if it is missing."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name or ("cuda" if there else "cpu")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
@@ -129,26 +135,29 @@ def pick_device(name: str) -> torch.device:
 
 
 # What the paper lists. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
-PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8, lora_rank=64,
-                         lora_alpha=128.0, divergence="forward", teacher="base", dtype="bfloat16", eval_every=10,
-                         eval_samples=12, critic="self", critic_tokens=8192, micro_batch=2, sample_batch=32, recompute=True)}
+PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8,
+                         lora_rank=64, lora_alpha=128.0, divergence="forward", teacher="base",
+                         dtype="bfloat16", eval_every=10, eval_samples=12, critic="self", critic_tokens=8192,
+                         micro_batch=2, sample_batch=32, recompute=True)}
 
 
 def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The command line -> Config, and what is no part of it (resume, plan); argparse exits with status 2 on its errors."""
+    """The command line -> Config and the rest (resume, plan); argparse exits with status 2 on its errors."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults from the paper's list; other options still count")
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own options count, "
-                        "but those of memory and speed may be given anew")
-    parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0,
-                        help="print the memory that this would need and whether it fits GIB (default 24); train nothing")
+    parser.add_argument("--preset", choices=tuple(PRESETS),
+                        help="defaults from the paper's list; other options still count")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own "
+                        "options count, but those of memory and speed may be given anew")
+    parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0, help="print the memory "
+                        "that this would need and whether it fits GIB (default 24); train nothing")
     for f in fields(Config):
         name, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
         else:
             shown += "" if f.default == "" else f" (default: {f.default})"
-            parser.add_argument(name, type=f.type, default=f.default, help=shown, choices=f.metadata["choices"])
+            parser.add_argument(name, type=f.type, default=f.default, help=shown,
+                                choices=f.metadata["choices"])
     args = parser.parse_args(argv)
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
@@ -156,10 +165,12 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     values = {f.name: getattr(args, f.name) for f in fields(Config)}
     if args.resume:
         parser.set_defaults(**dict.fromkeys(values))            # what is not None now was given
-        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in values and value is not None}
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+                 if name in values and value is not None}
         if args.preset or not given.keys() <= MACHINE:
-            parser.error("--resume goes on with the options of the run; beside it only those may change that say how it is "
-                         "computed: " + ", ".join("--" + name.replace("_", "-") for name in sorted(MACHINE)))
+            parser.error("--resume goes on with the options of the run; beside it only those may change that "
+                         "say how it is computed: " +
+                         ", ".join("--" + name.replace("_", "-") for name in sorted(MACHINE)))
         config = replace(read_config(args.resume / "config.json"), **given)
     elif not args.cond:
         parser.error("the following arguments are required: --cond")
@@ -168,8 +179,9 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     config.check()
     if args.plan is None:
         if args.preset and not config.model:
-            raise UserError(f"--preset {args.preset} needs --model, the folder of a checkpoint such as Qwen3-1.7B")
-        device = config.torch_device    # raises UserError if it is not there; a plan may be for another machine
+            raise UserError(f"--preset {args.preset} needs --model, "
+                            "the folder of a checkpoint such as Qwen3-1.7B")
+        device = config.torch_device  # raises UserError if it is not there; a plan may be for another machine
         if config.compile:
             check_compile(device)
     return config, args

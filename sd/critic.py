@@ -1,13 +1,13 @@
-"""The frozen critic as a faithful scribe: it follows the solver's trace, in the solver's notation, step by step.
+"""The frozen critic as a faithful scribe: it follows the solver's trace, in its notation, step by step.
 
 The paper's four cases:
   A  fully correct                          reproduce the trace exactly
   B  right answer, a justification missing  insert the missing step
   C  incomplete or out of tokens            condense (drop what was said twice) and finish
-  D  wrong                                  copy the correct steps, write the first wrong one corrected, go on to the end
+  D  wrong                                  copy the correct steps, correct the first wrong one and finish
 
-How the correct and the wrong steps are quoted decides what the self-teacher does with them (induction heads continue a
-sequence as they saw it), so it is an option here:
+How the correct and the wrong steps are quoted decides what the self-teacher does with them (induction heads
+continue a sequence as they saw it), so it is an option here:
   partial  correct steps verbatim, the wrong one only as corrected: the paper's, and the default
   full     the wrong step is quoted too, its correction comes after
   omit     "correct" in place of each correct step: nothing to anchor to
@@ -29,7 +29,7 @@ QUOTING = ("partial", "full", "omit")
 class Critique:
     case: str                # A, B, C or D
     text: str                # what the self-teacher reads
-    wrong: int | None = None  # index of the first wrong step in the solver's trace; len(steps) is the answer; None: none
+    wrong: int | None = None  # index of the solver's first wrong step; len(steps) is the answer; None: none
     malformed: str = ""      # why this must not be trained on; case and text may then be empty
 
 
@@ -40,10 +40,10 @@ class Critic(Protocol):
 
 
 class SymbolicCritic:
-    """Exact on the embedded task: every judgement is arithmetic (`times_table.check`), every continuation is derived."""
+    """Exact on the embedded task: judgements are arithmetic (`times_table.check`), continuations derived."""
 
     def __init__(self, quoting: str = "partial", noise: float = 0.0):
-        self.quoting, self.noise = quoting, noise       # noise: share of the corrected products that are wrong, on purpose
+        self.quoting, self.noise = quoting, noise    # noise: share of corrected products wrong on purpose
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
         return [self(*rollout) for rollout in zip(problems, texts, truncated)]
@@ -61,13 +61,14 @@ class SymbolicCritic:
         answered = trace.answer is not None and (trace.answer.closed or not truncated)
         notation, interleaved = _habits(written, len(pairs))
 
-        # a true step said twice is superfluous in a right rollout, but stands in another's place in a wrong one
-        wrong_kinds = {"wrong", "again"} if answered and not equal(trace.answer.text, problem.answer) else {"wrong"}
+        # a true step said twice is superfluous in a right rollout, but takes another's place in a wrong one
+        wrong_kinds = ({"wrong", "again"} if answered and not equal(trace.answer.text, problem.answer)
+                       else {"wrong"})
         order, texts = _own_order(written, pairs), [step.text for step in written]
         verdicts = tt.check(tt.State(list(order)), texts)
         wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind in wrong_kinds), None)
         state = tt.State(list(order))
-        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])      # where the derivation stands before it
+        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])  # the derivation's state before it
         condense = wrong is None and not answered           # case C
         texts, inserted = [], False
         for verdict, step in zip(verdicts[:wrong], written):
@@ -77,9 +78,10 @@ class SymbolicCritic:
                 texts.append("correct" if self.quoting == "omit" else step.text)
         if wrong is not None:
             fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, notation)
-            if fixed is not None and fixed.product and (rng := random.Random(f"{problem.id} {text}")).random() < self.noise:
+            if (fixed is not None and fixed.product
+                    and (rng := random.Random(f"{problem.id} {text}")).random() < self.noise):
                 fixed = replace(fixed, value=rng.choice(tt.usual_mistakes(tt.key((fixed.left, fixed.right)))))
-            if fixed is not None:                           # None: the derivation was complete, the step superfluous
+            if fixed is not None:                   # None: the derivation was complete, the step superfluous
                 state.apply(fixed)
                 notation = fixed.notation
                 texts.append(self._fix(written[wrong].text, str(fixed)))
@@ -100,18 +102,20 @@ def _habits(written: list[Step], products: int) -> tuple[int, bool]:
     read = [tt.read_equation(step.text) for step in written]
     equations = [e for e in read if e is not None]
     notation = equations[-1].notation if equations else tt.SYMBOLS
-    first_sum = next((i for i, e in enumerate(read) if e is not None and not e.product), None)  # unreadable steps count
+    first_sum = next((i for i, e in enumerate(read)     # unreadable steps count
+                      if e is not None and not e.product), None)
     if first_sum is not None:
         return notation, first_sum < products
-    return notation, notation == tt.WORDS and len(equations) < 3    # too early to see: words go with adding as one goes
+    # too early to see: words go with adding as one goes
+    return notation, notation == tt.WORDS and len(equations) < 3
 
 
 def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:
     """The products in the order in which the solver takes them.
 
-    A step that is none of them (a misread factor, a product said twice) stands for one that the solver never takes: in
-    `7*8 + 6*9 + 3*4`, the steps 7*8, 7*9, 3*4 mean 7*8, 6*9, 3*4. Correcting 7*9 into 3*4, the next one left, would
-    reward the solver for a scrambled order, and it does learn that.
+    A step that is none of them (a misread factor, a product said twice) stands for one that the solver never
+    takes: in `7*8 + 6*9 + 3*4`, the steps 7*8, 7*9, 3*4 mean 7*8, 6*9, 3*4. Correcting 7*9 into 3*4, the next
+    one left, would reward the solver for a scrambled order, and it does learn that.
     """
     order, left = [], list(pairs)
     for equation in (tt.read_equation(step.text) for step in written):

@@ -1,10 +1,13 @@
-"""Keeps the problems that are hard for a solver: at most 4 of 16 rollouts right (the paper's Avg@16 < 5/16).
+r"""Keeps the problems that are hard for a solver: at most 4 of 16 rollouts right (the paper's Avg@16 < 5/16).
 
-    python -m sd.problems filter --model Qwen3-1.7B --data all.jsonl --out hard.jsonl --samples 16 --max-correct 4
-    python -m sd.problems filter --model CRITIC --data hard.jsonl --out kept.jsonl --min-correct 1 --max-correct 16
+    python -m sd.problems filter --model Qwen3-1.7B --data all.jsonl --out hard.jsonl \
+        --samples 16 --max-correct 4
+    python -m sd.problems filter --model CRITIC --data hard.jsonl --out kept.jsonl \
+        --min-correct 1 --max-correct 16
 
-Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was stopped goes on there, and another
---max-correct needs no new rollouts. Chance is made per problem, so neither order nor batch size changes a count.
+Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was stopped goes on there, and
+another --max-correct needs no new rollouts. Chance is made per problem, so neither order nor batch size
+changes a count.
 """
 import argparse
 import json
@@ -28,17 +31,21 @@ from sd.sampling import sample, uniforms
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sd.problems", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True).add_parser("filter", help="keep the hard problems")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "filter", help="keep the hard problems")
     command.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
     command.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
     command.add_argument("--samples", type=int, default=16, help="rollouts per problem (default: 16)")
-    command.add_argument("--max-correct", type=int, default=4, help="of these at most so many right (default: 4)")
+    command.add_argument("--max-correct", type=int, default=4,
+                         help="of these at most so many right (default: 4)")
     command.add_argument("--min-correct", type=int, default=0,
                          help="and at least so many: what a critic can solve (default: 0)")
-    command.add_argument("--temperature", type=float, default=Config.temperature, help="(default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=Config.temperature,
+                         help="(default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="(default: 2048)")
-    command.add_argument("--sample-batch", type=int, default=64, help="rollouts sampled at once (default: 64)")
+    command.add_argument("--sample-batch", type=int, default=64,
+                         help="rollouts sampled at once (default: 64)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -46,7 +53,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.compile:
         check_compile(pick_device(args.device))
-    if min(args.samples, args.max_new_tokens, args.sample_batch) < 1 or not 0 < args.temperature < float("inf"):
+    if (min(args.samples, args.max_new_tokens, args.sample_batch) < 1
+            or not 0 < args.temperature < float("inf")):
         parser.error("--samples, --max-new-tokens, --sample-batch and --temperature must be above 0")
     if args.out.resolve() == args.data.resolve():
         parser.error("--out must not be --data")
@@ -54,8 +62,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def known_counts(path: Path, settings: dict) -> dict[str, int]:
-    """`key` of a problem -> what an earlier run counted, a half-written last line aside. Raises UserError if it counted
-    with other settings."""
+    """`key` of a problem -> what an earlier run counted, a half-written last line aside. Raises UserError if
+    it counted with other settings."""
     if not path.exists():
         return {}
     try:
@@ -63,11 +71,13 @@ def known_counts(path: Path, settings: dict) -> dict[str, int]:
         first, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:-1]]
         counts = {str(row["problem"]): int(row["correct"]) for row in rows}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: not the counts of an earlier run; remove it or choose another --out") from None
+        raise UserError(f"{path}: not the counts of an earlier run; "
+                        "remove it or choose another --out") from None
     if first != settings:
         differ = [key for key in settings if not isinstance(first, dict) or first.get(key) != settings[key]]
-        raise UserError(f"{path}: counted with another {', '.join(differ)}; remove it or choose another --out")
-    os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))       # a line half written when the run was killed goes
+        raise UserError(f"{path}: counted with another {', '.join(differ)}; "
+                        "remove it or choose another --out")
+    os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))   # a line half written when killed goes
     return counts
 
 
@@ -97,20 +107,21 @@ def main() -> None:
         part = todo[at:at + per_call]
         prompts = [tokenizer.student_prompt(p.problem) for p in part]
         noise = [uniforms(args.samples, args.max_new_tokens, args.seed, "filter", p.id) for p in part]
-        out = sample(model, prompts, tokenizer.eos, args.max_new_tokens, args.temperature, args.samples, torch.cat(noise),
-                     args.compile)
+        out = sample(model, prompts, tokenizer.eos, args.max_new_tokens, args.temperature, args.samples,
+                     torch.cat(noise), args.compile)
         texts, cut = map(tokenizer.decode, out.completions()), out.truncated.tolist()
         answers = [final_answer(text, c) for text, c in zip(texts, cut)]
         with open(path, "a", encoding="utf-8") as file:
             for i, p in enumerate(part):
-                counts[key(p)] = sum(equal(a, p.answer) for a in answers[i * args.samples:(i + 1) * args.samples])
+                counts[key(p)] = sum(equal(a, p.answer)
+                                     for a in answers[i * args.samples:(i + 1) * args.samples])
                 file.write(json.dumps({"id": p.id, "problem": key(p), "correct": counts[key(p)]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         done, seconds = at + len(part), time.time() - start
-        print(f"{len(problems) - len(todo) + done} of {len(problems)}  kept {sum(map(kept, counts.values()))}  "
-              f"{seconds:.0f} s, {seconds / done * (len(todo) - done):.0f} s left", flush=True)
+        print(f"{len(problems) - len(todo) + done} of {len(problems)}  kept {sum(map(kept, counts.values()))}"
+              f"  {seconds:.0f} s, {seconds / done * (len(todo) - done):.0f} s left", flush=True)
     hard = [p for p in problems if kept(counts[key(p)])]
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
-    print(f"{args.out}: {len(hard)} of {len(problems)} problems, with {args.min_correct} to {args.max_correct} right of "
-          f"{args.samples}")
+    print(f"{args.out}: {len(hard)} of {len(problems)} problems, "
+          f"with {args.min_correct} to {args.max_correct} right of {args.samples}")

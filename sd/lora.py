@@ -1,7 +1,8 @@
 """LoRA by hand (Hu et al. 2021): y = W x + alpha/r B A x on every attention and MLP projection, W frozen.
 
-A and B are float32 over a base of any type: updates of 5e-6 vanish in bfloat16, whose spacing near 0.02 is 1.2e-4. B
-starts as 0, so an adapter that is new, or switched off, is the initial policy bit for bit: the paper's self-teacher.
+A and B are float32 over a base of any type: updates of 5e-6 vanish in bfloat16, whose spacing near 0.02 is
+1.2e-4. B starts as 0, so an adapter that is new, or switched off, is the initial policy bit for bit: the
+paper's self-teacher.
 """
 import json
 import math
@@ -28,8 +29,9 @@ class LoRALinear(nn.Module):
             base.bias.requires_grad_(False)
         bound = 1 / math.sqrt(base.in_features)
         down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=source)
-        self.lora_A = nn.Parameter(down.to(base.weight.device))                                     # (r, in), float32
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (out, r), float32
+        self.lora_A = nn.Parameter(down.to(base.weight.device))                 # (r, in), float32
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank,
+                                               device=base.weight.device))      # (out, r), float32
         self.scale, self.on = alpha / rank, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +65,10 @@ def switch(model: Transformer, on: bool) -> None:
 
 def plain_weights(model: Transformer) -> dict[str, Tensor]:
     """Every parameter under its checkpoint name, adapters merged into the weights they adapt."""
-    merged = {f"{name}.weight": module.merged() for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    return {name: merged.get(name, p.detach()) for name, p in model.named_parameters() if ".lora_" not in name}
+    merged = {f"{name}.weight": module.merged()
+              for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: merged.get(name, p.detach())
+            for name, p in model.named_parameters() if ".lora_" not in name}
 
 
 def save_adapter(folder: Path, model: Transformer, base: str) -> None:
@@ -78,8 +82,8 @@ def save_adapter(folder: Path, model: Transformer, base: str) -> None:
     rank, folder = adapted[0].lora_A.size(0), folder / "adapter"
     write_atomic(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": adapted[0].scale * rank, "lora_dropout": 0.0, "bias": "none", "target_modules": list(TARGETS),
-        "inference_mode": True}, indent=1) + "\n")
+        "lora_alpha": adapted[0].scale * rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": list(TARGETS), "inference_mode": True}, indent=1) + "\n")
     tensors = {f"base_model.model.{name}.weight": p.detach().cpu().contiguous()
                for name, p in model.named_parameters() if ".lora_" in name}
     with atomic(folder / "adapter_model.safetensors") as temporary:

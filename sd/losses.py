@@ -1,10 +1,11 @@
-"""The losses, as pure per-token functions of log-probabilities; nothing here knows of models, prompts or optimisers.
+"""The losses, as pure per-token functions of log-probabilities; they know no models, prompts or optimisers.
 
-M tokens, V vocabulary. `student` and `teacher` are (M, V) log-probabilities at the rollout temperature in float32, from
-`log_probs`; the teacher carries no gradient. Every function returns one number per token (M); the caller sums them and
-divides by the completion tokens of the whole batch, once, so micro-batches do not change the result.
+M tokens, V vocabulary. `student` and `teacher` are (M, V) log-probabilities at the rollout temperature in
+float32, from `log_probs`; the teacher carries no gradient. Every function returns one number per token (M);
+the caller sums them and divides by the completion tokens of the whole batch, once, so micro-batches do not
+change the result.
 
-Fully on-policy: one optimiser step per batch of rollouts, so there is no importance ratio and nothing to clip.
+Fully on-policy: one optimiser step per batch of rollouts, so no importance ratio and nothing to clip.
 """
 import math
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from torch import Tensor
 
 
 def log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) over the last dimension, in float32 whatever the model computes in."""
+    """log softmax(logits / temperature) over the last dimension, float32 whatever the model computes in."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
 def forward_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v teacher_v (log teacher_v - log student_v): the paper's and our default."""
+    """KL(teacher || student) = sum_v teacher_v (log teacher_v - log student_v): the paper's, our default."""
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
@@ -31,9 +32,9 @@ def reverse_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
 
 
 def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, 0 < beta < 1.
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
 
-    It tends to 0, not to the KLs, at its ends; these are `forward_kl` and `reverse_kl`.
+    Here 0 < beta < 1: at the ends it tends to 0, not to the KLs; these are `forward_kl` and `reverse_kl`.
     """
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     return beta * forward_kl(mixture, teacher, ids) + (1 - beta) * forward_kl(mixture, student, ids)
@@ -42,19 +43,19 @@ def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5) -> Ten
 def sampled_token(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
     """-A_t log student(y_t) with A_t = log teacher(y_t) - log student(y_t) held constant.
 
-    Its gradient is an unbiased estimate of the reverse KL's, from the sampled token alone. (The vocabulary-summed KL in
-    A_t's place would have zero expected gradient.)
+    Its gradient is an unbiased estimate of the reverse KL's, from the sampled token alone. (The
+    vocabulary-summed KL in A_t's place would have zero expected gradient.)
     """
     return policy_gradient(of_token(student, ids), token_advantage(student, teacher, ids))
 
 
 def token_advantage(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """A_t = log teacher(y_t | x, c, y_<t) - log student(y_t | x, y_<t): what the context says of each token."""
+    """A_t = log teacher(y_t|x, c, y_<t) - log student(y_t|x, y_<t): what the context says of each token."""
     return (of_token(teacher, ids) - of_token(student, ids)).detach()
 
 
 def policy_gradient(logprob: Tensor, advantage: Tensor) -> Tensor:
-    """-A log student(y_t): GRPO's objective on-policy, with A from `group_advantages` for all tokens of a rollout."""
+    """-A log student(y_t): GRPO's objective on-policy, with A from `group_advantages` for a whole rollout."""
     return -advantage * logprob
 
 
@@ -89,9 +90,11 @@ def divergence(name: str, beta: float) -> Callable[[Tensor, Tensor, Tensor], Ten
 def of_logits(name: str, beta: float, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The whole loss of m tokens from logits (m, V), one number each: what --compile compiles.
 
-    Of the student's logits, the teacher's, and the ids; for the name "grpo" the advantages (m) in the teacher's place.
+    Of the student's logits, the teacher's, and the ids; for "grpo" the advantages (m) in the teacher's place.
     """
     if name == "grpo":
-        return lambda logits, advantage, ids: policy_gradient(of_token(log_probs(logits, temperature), ids), advantage)
+        return lambda logits, advantage, ids: policy_gradient(
+            of_token(log_probs(logits, temperature), ids), advantage)
     per_token = divergence(name, beta)
-    return lambda logits, teacher, ids: per_token(log_probs(logits, temperature), log_probs(teacher, temperature), ids)
+    return lambda logits, teacher, ids: per_token(
+        log_probs(logits, temperature), log_probs(teacher, temperature), ids)

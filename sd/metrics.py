@@ -1,8 +1,8 @@
-"""Avg@k, Maj@k, Pass@k with bootstrap intervals over problems, mean length, truncated share; and how to measure them.
+"""Measures Avg@k, Maj@k, Pass@k with bootstrap intervals over problems, mean length and truncated share.
 
-For one problem with k sampled answers: Avg@k is the share that is right; Pass@k is 1 if any is right; Maj@k is 1 if the
-most frequent answer is right, and its share of the tie if several are equally frequent (the expectation of breaking the
-tie at random). A rollout without a final answer is wrong and has no vote.
+For one problem with k sampled answers: Avg@k is the share that is right; Pass@k is 1 if any is right; Maj@k
+is 1 if the most frequent answer is right, and its share of the tie if several are equally frequent (the
+expectation of breaking the tie at random). A rollout without a final answer is wrong and has no vote.
 """
 from dataclasses import dataclass
 
@@ -35,7 +35,8 @@ class Scores:
         for name, values in (("avg", self.avg), ("maj", self.maj), ("pass", self.passed)):
             low, high = bootstrap(values)
             out[f"{name}@{k}"] = {"mean": 100 * values.mean(), "low": 100 * low, "high": 100 * high}
-        out["values"] = {"avg": self.avg.tolist(), "maj": self.maj.tolist(), "pass": self.passed.tolist()}  # per problem
+        out["values"] = {"avg": self.avg.tolist(), "maj": self.maj.tolist(),
+                         "pass": self.passed.tolist()}      # per problem
         return out | {"mean_length": self.lengths.mean(), "truncated": 100 * self.truncated.mean()}
 
 
@@ -62,13 +63,14 @@ def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float,
-             max_new_tokens: int, seed: int, context: str | None = None, critic: Critic | None = None, rows: int = 400,
-             ranks: Ranks | None = None, compile: bool = False) -> Scores:
+def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
+             temperature: float, max_new_tokens: int, seed: int, context: str | None = None,
+             critic: Critic | None = None, rows: int = 400, ranks: Ranks | None = None,
+             compile: bool = False) -> Scores:
     """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
 
-    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a rollout that
-    is sampled first (a malformed one shows nothing). Raises UserError if a prompt does not fit the model.
+    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a
+    rollout sampled first (if malformed, nothing). Raises UserError if a prompt does not fit the model.
     """
     mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
     part = problems[mine]
@@ -78,8 +80,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
         for i, prompt in enumerate(prompts):
             if len(prompt) > room:
                 problem = part[i * len(part) // len(prompts)]
-                raise UserError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens, {room} fit the model beside "
-                                "--max-new-tokens; remove it or lower that")
+                raise UserError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens, "
+                                f"{room} fit the model beside --max-new-tokens; remove it or lower that")
         return prompts
 
     def draws(*purpose) -> torch.Tensor:
@@ -93,20 +95,24 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
         first = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
                                 draws("evaluate, first"), rows, compile)
         owners = [p for p in part for _ in range(samples)]
-        critiques = (critic or SymbolicCritic()).batch(owners, list(map(tokenizer.decode, first.completions())),
-                                                       first.truncated.tolist())
+        critiques = (critic or SymbolicCritic()).batch(
+            owners, list(map(tokenizer.decode, first.completions())), first.truncated.tolist())
         prompts, group = [tokenizer.student_prompt(p.problem) if c.malformed else
-                          tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)], 1
-    out = sample_in_parts(model, fitting(prompts), tokenizer.eos, max_new_tokens, temperature, group, draws("evaluate"), rows, compile)
+                          tokenizer.teacher_prompt(p.problem, "critique", c.text)
+                          for p, c in zip(owners, critiques)], 1
+    out = sample_in_parts(model, fitting(prompts), tokenizer.eos, max_new_tokens, temperature, group,
+                          draws("evaluate"), rows, compile)
     found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
              for c, cut in zip(out.completions(), out.truncated.tolist())]
     found = ranks.gather(found) if ranks else found
-    answers, lengths, truncated = ([row[i:i + samples] for i in range(0, len(row), samples)] for row in zip(*found))
+    answers, lengths, truncated = ([row[i:i + samples] for i in range(0, len(row), samples)]
+                                   for row in zip(*found))
     return scores(answers, problems, np.array(lengths), np.array(truncated))
 
 
 def scores(answers: list[list[str | None]], problems: list[Problem], lengths: np.ndarray,
            truncated: np.ndarray) -> Scores:
-    right = np.array([[equal(a, p.answer) for a in row] for row, p in zip(answers, problems)], dtype=float)   # (P, k)
+    right = np.array([[equal(a, p.answer) for a in row] for row, p in zip(answers, problems)],
+                     dtype=float)                                       # (P, k)
     majorities = np.array([majority(row, p.answer) for row, p in zip(answers, problems)])
     return Scores(right.mean(1), majorities, right.max(1), lengths, truncated)

@@ -1,16 +1,16 @@
 """A decoder-only transformer for Qwen3, Qwen2 and Llama checkpoints, parameter names as in the checkpoint.
 
-Read it top to bottom: RMSNorm, rotary positions, grouped-query attention with a key/value cache, SwiGLU, the block, the
-model. Simplified on purpose: one attention path (PyTorch's scaled_dot_product_attention), no dropout, no attention bias
-on the output projection, full attention in every layer.
+Read it top to bottom: RMSNorm, rotary positions, grouped-query attention with a key/value cache, SwiGLU, the
+block, the model. Simplified on purpose: one attention path (PyTorch's scaled_dot_product_attention), no
+dropout, no attention bias on the output projection, full attention in every layer.
 
-With `recompute` a block keeps only its input for the backward pass and computes the rest again there (activation
-checkpointing): a third more work, and the memory of one layer instead of all.
+With `recompute` a block keeps only its input for the backward pass and computes the rest again there
+(activation checkpointing): a third more work, and the memory of one layer instead of all.
 
-Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count from 0 in every row,
-and no mask has to be built for scoring: that a pad id could be mistaken for EOS cannot happen.
+Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count from 0 in
+every row, and no mask has to be built for scoring: that a pad id could be mistaken for EOS cannot happen.
 
-Letters: B rows, T tokens, S cache slots, H query heads, K key/value heads, D head size, C hidden size, V vocabulary.
+Letters: B rows, T tokens, S slots, H query and K key/value heads, D head size, C hidden size, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -66,14 +66,14 @@ class RMSNorm(nn.Module):
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/D), in float32; `positions` is (B, T) or (T)."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    frequency = config.rope_theta ** -steps                                                             # (D/2)
+    frequency = config.rope_theta ** -steps                                                 # (D/2)
     if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)    # in the original context
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)    # in that context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    angle = positions.unsqueeze(-1).float() * frequency                                                 # (…, T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)                                                           # (…, T, D)
+    angle = positions.unsqueeze(-1).float() * frequency                                     # (…, T, D/2)
+    angle = torch.cat([angle, angle], dim=-1)                                               # (…, T, D)
     return angle.cos(), angle.sin()
 
 
@@ -123,19 +123,22 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)    # (B, K, T, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)   # (B, H, T, D), (B, K, T, D)
+        q, k = (rotate(q.transpose(1, 2), cos, sin),            # (B, H, T, D)
+                rotate(k.transpose(1, 2), cos, sin))            # (B, K, T, D)
 
         if slot is None:                        # whole sequences from position 0: plain causal attention
             if cache is not None:
                 cache.k[layer][:, :, :T] = k
                 cache.v[layer][:, :, :T] = v
-            if q.is_cuda and q.dtype == torch.float32:      # flash has no float32, and only it takes fewer key heads there
+            # flash has no float32, and on CUDA only it takes fewer key heads
+            if q.is_cuda and q.dtype == torch.float32:
                 k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1)) # (B, H, T, D)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                 enable_gqa=k.size(1) < q.size(1))          # (B, H, T, D)
         else:                                   # one new token a row: write its slot, then read
             cache.k[layer][slot] = k.squeeze(2)                                             # (B, K, D)
             cache.v[layer][slot] = v.squeeze(2)
-            S = mask.size(-1)                   # the slots in use; the query heads of a group share one key head
+            S = mask.size(-1)                   # the slots in use; a group's query heads share one key head
             q = q.reshape(B, self.config.num_key_value_heads, -1, D)                        # (B, K, H/K, D)
             out = F.scaled_dot_product_attention(q, cache.k[layer][:, :, :S], cache.v[layer][:, :, :S], mask)
         return self.o_proj(out.reshape(B, -1, T, D).transpose(1, 2).reshape(B, T, -1))      # (B, T, C)
@@ -191,17 +194,17 @@ class Transformer(nn.Module):
         """Hidden states (B, T, C) before the output projection.
 
         Without `positions`: whole right-padded sequences `ids` (B, T), written to the cache if there is one.
-        With `positions` (B) and `ids` (B, 1): one decoding step against the first `slots` slots of the cache. A slot
-        beyond a row's own position (a pad of its prompt, or not yet written) is masked.
+        With `positions` (B) and `ids` (B, 1): one decoding step against the first `slots` slots of the cache.
+        A slot beyond a row's own position (a pad of its prompt, or not yet written) is masked.
         """
-        x = self.model.embed_tokens(ids)                                                        # (B, T, C)
+        x = self.model.embed_tokens(ids)                                                 # (B, T, C)
         if positions is None:
             at, slot, mask = torch.arange(ids.size(1), device=ids.device), None, None
         else:
-            slot = torch.arange(len(ids), device=ids.device), slice(None), positions                # of (B, K, S, D)
-            at = positions[:, None, None]                                                       # (B, 1, 1)
-            seen = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)                   # (B, 1, 1, S)
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)         # added to the scores
+            slot = torch.arange(len(ids), device=ids.device), slice(None), positions     # of (B, K, S, D)
+            at = positions[:, None, None]                                                # (B, 1, 1)
+            seen = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)            # (B, 1, 1, S)
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)  # added to the scores
         cos, sin = rotary_tables(at, self.config)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in enumerate(self.model.layers):

@@ -1,13 +1,15 @@
 """Makes the embedded solver and its problems: `python -m sd.pretrain` (about 20 minutes on 2 cores).
 
-The solver must be what a pretrained language model is in the paper: it solves some problems alone, and it can use a
-context that it is shown. Half of each batch has no context (and mistakes on the hard pairs, `times_table.belief`), a
-quarter has a reference solution, a quarter a critique. Three things make the contexts worth reading:
-- their values are arbitrary for hard pairs and for a third of the easy ones: only copying from the context is right;
-- 40 % of the traces contain slips, wrong values or misread factors that are no targets, and go on consistently: a
-  self-teacher is asked about the student's own prefix, errors included, and must stay sane after one;
-- a third of the traces under a reference follow it, in its order and in words, as a language model does that has just
-  read one; the others keep the solver's own order and notation: a teacher must be able to read off the reference's path.
+The solver must be what a pretrained language model is in the paper: it solves some problems alone, and it can
+use a context that it is shown. Half of each batch has no context (and mistakes on the hard pairs,
+`times_table.belief`), a quarter has a reference solution, a quarter a critique. Three things make the
+contexts worth reading:
+- their values are arbitrary for hard pairs and a third of the easy ones: only copying the context is right;
+- 40 % of the traces have slips, wrong values or misread factors that are no targets, and go on consistently:
+  a self-teacher is asked about the student's own prefix, errors included, and must stay sane after one;
+- a third of the traces under a reference follow it, in its order and in words, as a language model does that
+  has just read one; the others keep the solver's own order and notation: a teacher must be able to read off
+  the reference's path.
 """
 import argparse
 import json
@@ -37,21 +39,22 @@ WORDS = 0.2                             # share of the solver's traces that are 
 SLIP = 0.4                              # share of context examples with wrong products in the trace
 MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
-FOLLOW = 1 / 3                          # share of reference examples whose trace follows the reference: its order, in words
-STEPS, BATCH, LR = 12, 96, 2e-3         # step numbers that have a token; examples of a training step; its learning rate
-CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-          "max_position_embeddings": 512, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu",
-          "torch_dtype": "float32"}
+FOLLOW = 1 / 3                          # share of traces under a reference that follow its order, in words
+STEPS, BATCH, LR = 12, 96, 2e-3         # step numbers with a token; examples per training step; learning rate
+CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6,
+          "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
+          "attention_bias": False, "hidden_act": "silu", "torch_dtype": "float32"}
 
 
 def build_tokenizer(path: Path) -> Tokenizer:
-    """A fixed list of pieces, longest first, any other character unknown. Digits are single tokens, so that addition is
-    learned as an algorithm; one tag token closes a step and opens the next."""
+    """A fixed list of pieces, longest first, any other character unknown. Digits are single tokens, so that
+    addition is learned as an algorithm; one tag token closes a step and opens the next."""
     tags = [f"<step_{k}> " for k in range(1, STEPS + 1)] + ["<answer> ", " </answer>"]
     for k in range(1, STEPS + 1):
         tags += [f" </step_{k}>\n<step_{k + 1}> ", f" </step_{k}>\n<answer> ", f" </step_{k}>"]
-    words = [" times ", " is ", " plus ", " gives ", "first ", ", then ", " multiplied by ", " makes ", ", so ", "correct"]
+    words = [" times ", " is ", " plus ", " gives ",
+             "first ", ", then ", " multiplied by ", " makes ", ", so ", "correct"]
     pieces = tags + words + [" + ", "*", "+", "=", " ", "\n", *"0123456789"]
     pattern = "|".join(sorted(pieces, key=len, reverse=True)).replace("*", r"\*").replace("+", r"\+") + "|."
     fast = FastTokenizer(models.WordLevel({t: i for i, t in enumerate(CONTROL + pieces)}, unk_token="<unk>"))
@@ -70,8 +73,9 @@ def written(equations: list[tt.Equation]) -> str:
     return steps.render(list(map(str, equations)), str(equations[-1].value))
 
 
-def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[bool]]:
-    """One training example: prompt ids, completion ids (EOS included), and which completion tokens are targets."""
+def example(kind: str | None, rng: random.Random,
+            tokenizer: Tokenizer) -> tuple[list[int], list[int], list[bool]]:
+    """One training example: prompt ids, completion ids (with EOS), and which completion ids are targets."""
     pairs = order = random_pairs(rng)
     words, problem = rng.random() < WORDS, tt.write_problem(pairs)
     if kind is None:
@@ -79,8 +83,8 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
         ids = tokenizer.encode(written(equations)) + [tokenizer.eos[0]]
         return tokenizer.student_prompt(problem), ids, [True] * len(ids)
 
-    given = {pair: rng.randint(4, 144) if tt.key(pair) in tt.HARD or rng.random() < 1 / 3 else pair[0] * pair[1]
-             for pair in pairs}
+    given = {pair: (rng.randint(4, 144) if tt.key(pair) in tt.HARD or rng.random() < 1 / 3 else
+                    pair[0] * pair[1]) for pair in pairs}
     if kind == "ref":
         author = tt.author_order(pairs, rng, same=0.25)
         context = tt.reference_text(author, [given[pair] for pair in author])
@@ -89,9 +93,9 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
     else:
         context = written(tt.derive(tt.State(list(pairs)), words, words, given.get))
     slips = set(rng.sample(pairs, rng.choice([1, 1, 2, 3]))) if rng.random() < SLIP else set()
-    taken, values, masked = [], dict(given), {}                 # the products as the trace has them; masked: their slips
+    taken, values, masked = [], dict(given), {}         # products as the trace has them; masked: their slips
     for pair in order:
-        if pair in slips and rng.random() < MISREAD:            # a factor misread: what follows is the truth about it
+        if pair in slips and rng.random() < MISREAD:    # a factor misread: what follows is the truth about it
             pair = (rng.randint(tt.LOW, tt.HIGH), pair[1])
             values[pair] = pair[0] * pair[1]
             masked[pair] = ("operand", "value") if tt.key(pair) in tt.HARD else ("operand",)
@@ -105,7 +109,8 @@ def example(kind: str | None, rng: random.Random, tokenizer: Tokenizer) -> tuple
     for step, equation in zip(steps.parse(text).steps, equations):
         begin = text.index(step.text, step.start)
         end = begin + len(step.text)
-        spans = {"operand": (begin, begin + len(str(equation.left))), "value": (end - len(str(equation.value)), end)}
+        spans = {"operand": (begin, begin + len(str(equation.left))),
+                 "value": (end - len(str(equation.value)), end)}
         for part in masked.get((equation.left, equation.right), ()) if equation.product else ():
             for i, (start, _) in enumerate(encoding.offsets):
                 target[i] &= not spans[part][0] <= start < spans[part][1]
@@ -125,8 +130,8 @@ def collate(examples: list) -> tuple[torch.Tensor, torch.Tensor]:
 def train_solver(folder: Path, seed: int, steps_total: int, width: int) -> None:
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), build_tokenizer(folder / "tokenizer.json")
-    config = CONFIG | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": tokenizer.vocab_size,
-                       "eos_token_id": tokenizer.eos[0]}
+    config = CONFIG | {"hidden_size": width, "intermediate_size": 2 * width,
+                       "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos[0]}
     write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     model = Transformer(read_config(folder))
     for p in model.parameters():
@@ -139,7 +144,7 @@ def train_solver(folder: Path, seed: int, steps_total: int, width: int) -> None:
         optimizer.param_groups[0]["lr"] = LR * scale
         losses, counts = [], []
         for kinds in [None] * (BATCH // 2), ["ref"] * (BATCH // 4) + ["critique"] * (BATCH // 4):
-            ids, labels = collate([example(kind, rng, tokenizer) for kind in kinds])                # (B, T), (B, T)
+            ids, labels = collate([example(kind, rng, tokenizer) for kind in kinds])        # (B, T), (B, T)
             losses.append(F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum"))
             counts.append((labels >= 0).sum())
         optimizer.zero_grad()
@@ -149,17 +154,17 @@ def train_solver(folder: Path, seed: int, steps_total: int, width: int) -> None:
         if step % 50 == 49:
             seconds = time.time() - start
             print(f"step {step + 1}/{steps_total}  loss without context {losses[0] / counts[0]:.4f}  with "
-                  f"{losses[1] / counts[1]:.4f}  {seconds:.0f} s, {seconds / (step + 1) * (steps_total - step - 1):.0f} s left",
-                  flush=True)
+                  f"{losses[1] / counts[1]:.4f}  {seconds:.0f} s, "
+                  f"{seconds / (step + 1) * (steps_total - step - 1):.0f} s left", flush=True)
     save_model(folder, dict(model.named_parameters()), folder, step=steps_total)
 
 
 def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """Writes train, val and test: new sums of three products that the solver gets right less than 5 times out of 16.
+    """Writes train, val and test: new sums of three products the solver gets right less than 5 times in 16.
 
-    No two problems, in one split or across, have the same three products in any order. The reference solution is an
-    independent author's: always in other words, in the problem's own order or, half of the time, in a random one (a share
-    fixed before any result was seen).
+    No two problems, in one split or across, have the same three products in any order. The reference solution
+    is an independent author's: always in other words, in the problem's own order or, half of the time, in a
+    random one (a share fixed before any result was seen).
     """
     rng, wanted, found, seen = random.Random(f"{seed} problems"), sum(SPLITS.values()), [], set()
     while len(found) < wanted:
@@ -173,7 +178,8 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: 
             author = tt.author_order(pairs, rng)
             candidates.append(Problem("", tt.write_problem(pairs), str(sum(a * b for a, b in pairs)),
                                       tt.reference_text(author, [a * b for a, b in author])))
-        scores = evaluate(model, tokenizer, candidates, 16, Config.temperature, Config.max_new_tokens, len(seen))
+        scores = evaluate(model, tokenizer, candidates, 16, Config.temperature,
+                          Config.max_new_tokens, len(seen))
         found += [problem for problem, avg in zip(candidates, scores.avg) if 16 * avg < 5]
         print(f"{len(found)} of {wanted} hard problems, out of {len(seen)}", flush=True)
     for split, count in SPLITS.items():
@@ -184,12 +190,15 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: 
 
 @command("sd.pretrain")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sd.pretrain", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("pretrained"), help="folder to write (default: pretrained)")
+    parser = argparse.ArgumentParser(prog="python -m sd.pretrain", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("pretrained"),
+                        help="folder to write (default: pretrained)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
-    parser.add_argument("--only", choices=("solver", "problems", "report"), help="one stage, with what is there")
+    parser.add_argument("--only", choices=("solver", "problems", "report"),
+                        help="one stage, with what is there")
     args = parser.parse_args()
     if args.only in (None, "solver"):
         train_solver(args.out, args.seed, args.steps, args.width)

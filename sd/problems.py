@@ -1,9 +1,10 @@
-"""Problems: UTF-8 JSONL in, one object a line: {"problem", "answer", "solution"?, "id"?}; other fields are ignored.
+"""Problems: UTF-8 JSONL in, one object a line: {"problem", "answer", "solution"?, "id"?}; others are ignored.
 
-`solution` is what the `ref` condition shows. A missing id is the file's name and the line; null is as good as missing.
-An answer or an id may be a whole number, but not 2.50, which would come out as 2.5, and not true. A line must neither
-hold a field twice nor share its id with another, since results are kept by id. A byte order mark, Windows line ends and
-empty lines are skipped. Control characters are kept in texts, refused in ids, and never quoted in an error.
+`solution` is what the `ref` condition shows. A missing id is the file's name and the line; null is as good as
+missing. An answer or an id may be a whole number, but not 2.50, which would come out as 2.5, and not true. A
+line must neither hold a field twice nor share its id with another, since results are kept by id. A byte order
+mark, Windows line ends and empty lines are skipped. Control characters are kept in texts, refused in ids, and
+never quoted in an error.
 """
 import json
 from codecs import BOM_UTF8
@@ -38,7 +39,8 @@ def read_problems(path: Path) -> list[Problem]:
                 except ValueError as error:
                     raise UserError(f"{name}:{number}: {error}") from None
                 if problem.id in seen:
-                    raise UserError(f"{name}:{number}: field 'id' is {problem.id!r}, as in line {seen[problem.id]}")
+                    raise UserError(f"{name}:{number}: field 'id' is {problem.id!r}, "
+                                    f"as in line {seen[problem.id]}")
                 seen[problem.id] = number
                 problems.append(problem)
     except OSError as error:
@@ -49,7 +51,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def _problem(line: bytes, default_id: str) -> Problem:
-    """One line's problem; raises ValueError saying what is wrong, in words that quote nothing from the line."""
+    """One line's problem; raises ValueError saying what is wrong, in words that quote nothing of the line."""
     try:
         row = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
@@ -61,9 +63,11 @@ def _problem(line: bytes, default_id: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     row = {"id": default_id, "solution": ""} | {key: value for key, value in row.items() if value is not None}
-    for field, kinds in (("id", (str, int)), ("problem", (str,)), ("answer", (str, int)), ("solution", (str,))):
+    for field, kinds in (("id", (str, int)), ("problem", (str,)), ("answer", (str, int)),
+                         ("solution", (str,))):
         if type(row.get(field)) not in kinds:
-            raise ValueError(f"field {field!r} must be a string{' or a whole number' if int in kinds else ''}")
+            raise ValueError(f"field {field!r} must be a string"
+                             f"{' or a whole number' if int in kinds else ''}")
         row[field] = str(row[field])
         if any("\ud800" <= character <= "\udfff" for character in row[field]):
             raise ValueError(f"field {field!r} holds half of a surrogate pair, which cannot be written out")

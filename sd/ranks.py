@@ -1,9 +1,10 @@
-"""More than one process: `torchrun --nproc-per-node N train.py …` splits the rollouts of each batch over N ranks.
+"""More than one process: `torchrun --nproc-per-node N train.py …` splits a batch's rollouts over N ranks.
 
-Plain data parallelism over collective operations, no wrapper around the model: every rank holds the same weights, samples
-and scores its share of the problems, gradients are summed, and every rank takes the same step. Since chance is made per
-rollout (`sampling.uniforms`), N ranks train on the very rollouts of one process. Rank 0 alone writes and prints.
-Without torchrun all of this does nothing. Rows travel between ranks as JSON: no pickle.
+Plain data parallelism over collective operations, no wrapper around the model: every rank holds the same
+weights, samples and scores its share of the problems, gradients are summed, and every rank takes the same
+step. Since chance is made per rollout (`sampling.uniforms`), N ranks train on the very rollouts of one
+process. Rank 0 alone writes and prints. Without torchrun all of this does nothing. Rows travel between ranks
+as JSON: no pickle.
 """
 import json
 import os
@@ -24,7 +25,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.world > 1:
-            # what is small goes through gloo everywhere: it notices at once that another rank has ended, NCCL does not
+            # what is small goes through gloo everywhere: it notices at once when a rank ends, NCCL does not
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
 
     def share(self, count: int) -> slice:
@@ -49,10 +50,11 @@ class Ranks:
         padded[:len(data)] = data
         parts = [torch.empty_like(padded) for _ in sizes]
         self._all(dist.all_gather, parts, padded)
-        return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:int(size)].tolist()))]
+        return [row for part, size in zip(parts, sizes)
+                for row in json.loads(bytes(part[:int(size)].tolist()))]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Adds up the gradients of all ranks, in one buffer. If no rank has any, none appear: AdamW then does nothing."""
+        """Sums all ranks' gradients in one buffer. If no rank has any, none appear: AdamW does nothing."""
         if self.world == 1 or not self.total(sum(p.grad is not None for p in parameters)):
             return
         for p in parameters:

@@ -1,10 +1,12 @@
-"""The run folder: everything a run writes and prints, and the state from which it goes on as if it had never stopped.
+"""The run folder: everything a run writes and prints, and the state to go on from as if it had never stopped.
 
-    config.json  metrics.jsonl (a line a step)  rollouts.jsonl (samples)  best/ (by validation)  last/  state-N.safetensors
+    config.json  metrics.jsonl (a line a step)  rollouts.jsonl (samples)
+    best/ (by validation)  last/  state-N.safetensors
 
-The state holds what the next step depends on and the files do not: trained weights, AdamW's moments, the ema teacher, the
-best score, and how long the two logs were (a resumed run cuts off what was written after). Chance needs no state: it is
-made from the seed and the step. Two states are kept, each with a checksum; the older one serves if the newer is damaged.
+The state holds what the next step depends on and the files do not: trained weights, AdamW's moments, the ema
+teacher, the best score, and how long the two logs were (a resumed run cuts off what was written after).
+Chance needs no state: it is made from the seed and the step. Two states are kept, each with a checksum; the
+older one serves if the newer is damaged.
 """
 import hashlib
 import json
@@ -40,7 +42,7 @@ class Stop(BaseException):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into Stop: at once, or at the end of a `shielded` block, which must be whole or not be.
+    """Makes SIGINT and SIGTERM a Stop: at once, or after a `shielded` block, which must be whole or not be.
 
     The first one only: a second Ctrl-C does not interrupt the way out.
     """
@@ -49,7 +51,7 @@ class Signals:
         self.depth, self.waiting = 0, 0
         self.before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in self.before.items():
-            if handler != signal.SIG_IGN:               # a run in the background of a script: Ctrl-C is not for it
+            if handler != signal.SIG_IGN:               # a run in a script's background: Ctrl-C is not for it
                 signal.signal(number, self._caught)
 
     def _caught(self, number: int, frame) -> None:
@@ -118,19 +120,22 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": step, **numbers, "seconds": round(seconds, 2)}])
         self._append("rollouts.jsonl", [{"step": step, **row} for row in samples])
         n = numbers
-        self._say(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  entropy {n['entropy']:.3f}  "
-                  f"length {n['length']:5.1f}  truncated {n['truncated']:5.1%}  rollouts {n['rollouts']:6d}  "
-                  f"{seconds:6.1f} s, {seconds / step * (self.steps - step):5.1f} s left" +
-                  "".join(f"  {name} {n[name]}" for name in ("critique_malformed", "context_shortened") if n.get(name)))
+        self._say(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  "
+                  f"entropy {n['entropy']:.3f}  length {n['length']:5.1f}  truncated {n['truncated']:5.1%}  "
+                  f"rollouts {n['rollouts']:6d}  {seconds:6.1f} s, "
+                  f"{seconds / step * (self.steps - step):5.1f} s left" +
+                  "".join(f"  {name} {n[name]}" for name in ("critique_malformed", "context_shortened")
+                          if n.get(name)))
         if time.time() - self.saved > SAVE_EVERY:
             self._save_state()
 
     def evaluated(self, step: int, scores: Scores) -> None:
         avg, better, k = 100 * scores.avg.mean(), scores.avg.mean() > self.best, self.config.eval_samples
-        self._append("metrics.jsonl", [{"step": step, f"val_avg@{k}": avg, "val_length": scores.lengths.mean(),
-                                        "val_truncated": scores.truncated.mean(),
-                                        "seconds": round(time.time() - self.started, 2)}])
-        self._say(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}{'  best so far' if better else ''}")
+        self._append("metrics.jsonl", [{
+            "step": step, f"val_avg@{k}": avg, "val_length": scores.lengths.mean(),
+            "val_truncated": scores.truncated.mean(), "seconds": round(time.time() - self.started, 2)}])
+        self._say(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}"
+                  f"{'  best so far' if better else ''}")
         if better:
             self.best = scores.avg.mean()
             self._checkpoint("best", step=step, val_avg=avg)
@@ -143,7 +148,7 @@ class RunFolder:
         """Whatever ends the run: the state, last/ and the report are written, if it had begun."""
         if self.student is not None:
             for p in self.trained.values():
-                p.grad = None               # of a step that was not made; should memory be short, it is needed now
+                p.grad = None       # of a step that was not made; should memory be short, it is needed now
             self._save_state()
             self._checkpoint("last", step=self.done)
             if self.writes and self.evaluated_at >= 0:
@@ -165,15 +170,16 @@ class RunFolder:
                 with open(self.path / name, "a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free the space, then go on with "
-                            f"--resume {self.path}") from None
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free the space, "
+                            f"then go on with --resume {self.path}") from None
 
     def _state(self) -> dict[str, torch.Tensor]:
         tensors = {f"student.{name}": p for name, p in self.trained.items()}
         tensors |= {f"teacher.{name}": p for name, p in self.followed.items() if name in self.trained}
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}     # tied ones twice: fine
+        return {name: t.detach().cpu().contiguous().clone()     # tied ones twice: fine
+                for name, t in tensors.items()}
 
     def _save_state(self) -> None:
         if not self.writes:
@@ -212,8 +218,8 @@ class RunFolder:
         else:
             raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
         if facts.get("data") != self.data:
-            raise UserError(f"{self.path}: the problems in --data or --val are not those that this run began with; put them "
-                            "back")
+            raise UserError(f"{self.path}: the problems in --data or --val are not those that "
+                            "this run began with; put them back")
         try:
             with torch.no_grad():
                 for name, p in self.trained.items():
@@ -234,7 +240,7 @@ class RunFolder:
         for name, size in facts["logs"].items():
             if (log := self.path / Path(name).name).exists():
                 os.truncate(log, min(size, log.stat().st_size))     # a larger size would fill it with zeros
-        for path in damaged:                                            # kept, but no longer one of the two states
+        for path in damaged:                                        # kept, no longer one of the two states
             path.rename(path.with_name(path.name + ".damaged"))
         for left in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
             left.unlink()                                           # half a file, ours or safetensors'

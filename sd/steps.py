@@ -1,8 +1,8 @@
-"""The step-tag grammar: `<step_1> … </step_1> … <answer> … </answer>`, from text to steps and from steps to tokens.
+"""The step-tag grammar: `<step_1> … </step_1> … <answer> … </answer>`, text to steps and steps to tokens.
 
-The paper's solver writes step-tagged traces and its critic answers step by step, so this grammar is where a rollout
-and its feedback meet. Parsing never fails: text outside the tags is ignored, and a step that is not closed (the
-rollout ran out of tokens, or forgot the tag) ends where the next tag begins and says `closed=False`.
+The paper's solver writes step-tagged traces and its critic answers step by step, so this grammar is where a
+rollout and its feedback meet. Parsing never fails: text outside the tags is ignored, and a step that is not
+closed (the rollout ran out of tokens, or forgot the tag) ends at the next tag and says `closed=False`.
 """
 import re
 from bisect import bisect_right
@@ -54,7 +54,7 @@ def render(steps: list[str], answer: str) -> str:
 def token_span(pieces: list[str], start: int, end: int) -> tuple[int, int]:
     """First token and one past the last token of the characters [start, end), for a text cut into `pieces`.
 
-    A token that straddles the border belongs to the side on which it starts, so neighbouring spans never overlap:
+    A token that straddles the border belongs to the side it starts on, so neighbouring spans never overlap:
 
     >>> token_span(["ab", "cd", "ef"], 2, 5)      # 'cde' touches 'cd' and 'ef'
     (1, 3)

@@ -1,12 +1,13 @@
-"""The embedded task: sums of products, a solver that knows half of its times table, and an exact checker of steps.
+"""The embedded task: sums of products, a solver that knows half its times table, and an exact step checker.
 
 A problem is `7*8 + 6*9 + 3*4`. The solver's house notation writes all products first and then running sums,
-`<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`; a minority of its corpus is in words and adds as it goes,
-`7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs ("hard") the corpus is right 5 % of the time
-and otherwise makes one of eight usual mistakes: the solver does not know 7*8, and what it learns on one problem serves all.
+`<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`; a minority of its corpus is in words and adds as
+it goes, `7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs ("hard") the corpus is right 5 % of
+the time and otherwise makes one of eight usual mistakes: the solver does not know 7*8, and what it learns on
+one problem serves all.
 
-Everything here is arithmetic on equations: `derive` continues a derivation from any state (the corpus, the references
-and the critic all use it), `check` walks through a trace and says what is wrong with each step.
+Everything here is arithmetic on equations: `derive` continues a derivation from any state (the corpus, the
+references and the critic all use it), `check` walks through a trace and says what is wrong with each step.
 """
 import random
 import re
@@ -19,8 +20,9 @@ CHANCE = 0.05                                       # how often the corpus is ri
 
 Pair = tuple[int, int]
 SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations: 7*8=56, 7 times 8 is 56, 7 * 8 = 56
-SIGNS = {(SYMBOLS, True): ("*", "="), (WORDS, True): (" times ", " is "), (SPACED, True): (" * ", " = "),         # products
-         (SYMBOLS, False): ("+", "="), (WORDS, False): (" plus ", " gives "), (SPACED, False): (" + ", " = ")}      # sums
+# by notation, and whether it is a product or a sum
+SIGNS = {(SYMBOLS, True): ("*", "="), (WORDS, True): (" times ", " is "), (SPACED, True): (" * ", " = "),
+         (SYMBOLS, False): ("+", "="), (WORDS, False): (" plus ", " gives "), (SPACED, False): (" + ", " = ")}
 EQUALS = {"*": "=", "×": "=", "+": "=", "times": "is", "plus": "gives"}
 EQUATION = re.compile(r"(\d{1,6})( ?[*×+] ?| times | plus )(\d{1,6})( ?= ?| is | gives )(\d{1,6})")
 
@@ -33,12 +35,13 @@ def key(pair: Pair) -> Pair:
 def usual_mistakes(pair: Pair) -> list[int]:
     """The eight nearest wrong values that people write: neighbouring multiples, off by one, off by ten."""
     a, b = pair
-    near = [a * (b + 1), a * (b - 1), (a + 1) * b, (a - 1) * b] + [a * b + by for by in (1, -1, 10, -10, 2, -2)]
+    near = ([a * (b + 1), a * (b - 1), (a + 1) * b, (a - 1) * b] +
+            [a * b + by for by in (1, -1, 10, -10, 2, -2)])
     return [v for v in dict.fromkeys(near) if v > 1 and v != a * b][:8]
 
 
 def belief(pair: Pair, rng: random.Random) -> int:
-    """What the untrained solver holds for a product: the truth on easy pairs, mostly a usual mistake on hard ones."""
+    """What the untrained solver believes: the truth on easy pairs, mostly a usual mistake on hard ones."""
     if key(pair) in HARD and rng.random() >= CHANCE:
         return rng.choice(usual_mistakes(key(pair)))
     return pair[0] * pair[1]
@@ -77,7 +80,7 @@ def read_equation(text: str) -> Equation | None:
 
 
 def read_problem(text: str) -> list[Pair]:
-    """The products of `7*8 + 6*9`, or of `What is 7 times 8 plus 6 times 9?`, for a solver that was not made for this task.
+    """The products of `7*8 + 6*9`, or of `What is 7 times 8 plus 6 times 9?`, for a solver not made for this.
 
     Raises ValueError on any other text: the symbolic critic reads nothing else.
     """
@@ -127,12 +130,14 @@ class State:
 
     def justify(self, number: int, notation: int) -> Equation | None:
         """The unwritten equation that would put `number` into the pool, if one true step does."""
-        steps = [Equation(a, True, b, a * b, notation) for a, b in self.todo] + [self.next(True, notation)]     # a sum, last
+        steps = ([Equation(a, True, b, a * b, notation) for a, b in self.todo] +
+                 [self.next(True, notation)])           # a sum, last
         return next((step for step in steps if step is not None and step.value == number), None)
 
 
-def derive(state: State, interleaved: bool, notation: int, value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
-    """Goes on from `state` to the end: all products and then running sums, or (interleaved) sums as soon as possible."""
+def derive(state: State, interleaved: bool, notation: int,
+           value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
+    """From `state` to the end: all products, then running sums, or (interleaved) sums as soon as possible."""
     start = len(state.done)
     while (equation := state.next(interleaved, notation, value)) is not None:
         state.apply(equation)
@@ -148,10 +153,10 @@ class Verdict:
 
 
 def check(state: State, texts: list[str]) -> list[Verdict]:
-    """Judges steps in order against `state`, up to and including the first wrong one; `state` is left before that one.
+    """Judges steps in order against `state`, until one is found wrong; `state` is left before that one.
 
-    A step is right if its arithmetic is true and its operands are the problem's: a product still to do, or values
-    that stand in the pool. Order, notation and grouping are the solver's own choice.
+    A step is right if its arithmetic is true and its operands are the problem's: a product still to do, or
+    values that stand in the pool. Order, notation and grouping are the solver's own choice.
     """
     verdicts = []
     for text in texts:
@@ -169,7 +174,7 @@ def check(state: State, texts: list[str]) -> list[Verdict]:
 
 
 def _missing(state: State, equation: Equation) -> list[Equation] | None:
-    """The unwritten true steps, one per operand at most, that a true equation relies on; None if it does not belong here."""
+    """The unwritten true steps behind a true equation, at most one per operand; None if it does not fit."""
     if equation.product:
         return [] if find(state.todo, equation) else None
     trial, missing = state.copy(), []
@@ -184,11 +189,11 @@ def _missing(state: State, equation: Equation) -> list[Equation] | None:
 
 
 def reference_text(pairs: list[Pair], values: list[int]) -> str:
-    """An independent author's solution, in prose: other wording, and the order is the author's (that of `pairs`)."""
+    """An independent author's solution in prose: other wording, and the author's order (that of `pairs`)."""
     parts = [f"{a} multiplied by {b} makes {v}" for (a, b), v in zip(pairs, values)]
     return "first " + ", then ".join(parts) + f", so {sum(values)} is correct"
 
 
 def author_order(pairs: list[Pair], rng: random.Random, same: float = 0.5) -> list[Pair]:
-    """The order in which an independent author takes the products: the problem's own with probability `same`."""
+    """The order in which an independent author takes the products: the problem's with probability `same`."""
     return list(pairs) if rng.random() < same else rng.sample(pairs, len(pairs))

@@ -1,4 +1,4 @@
-"""`trainer`: runs of train.py as processes of their own, without the seconds that importing PyTorch takes each; `here`: in this one."""
+"""`trainer`: runs of train.py in their own processes, but one slow import of PyTorch; `here`: in this one."""
 import json
 import os
 import signal
@@ -20,7 +20,8 @@ for line in sys.stdin:
     args, log, measured, room = json.loads(line)
     if (pid := os.fork()) == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for option in (-1, -3) if measured else ():     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back
+        for option in (-1, -3) if measured else ():\
+     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back
             ctypes.CDLL(None).mallopt(option, 2 ** 16)
         if room:                            # bytes of address space beside what is taken already
             taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -39,10 +40,10 @@ for line in sys.stdin:
 
 
 class Trainer:
-    """trainer(args, when, number) -> exit code and output; `when` tells from the output so far when to send a signal.
+    """trainer(args, when, number) -> exit code and output; `when` says from the output so far when to signal.
 
-    `room` limits its memory, in bytes.
-    With `measured`, `peak` is then the most memory in use at once, in bytes. Without --data, a few embedded problems.
+    `room` limits its memory, in bytes. With `measured`, `peak` is then the most memory in use at once, in
+    bytes. Without --data, a few embedded problems.
     """
 
     def __init__(self, base):
@@ -58,7 +59,8 @@ class Trainer:
         (log := self.base / "log").write_text("")
         if not {"--data", "--resume"} & set(args):
             args = [*args, "--data", self.base / "train.jsonl", "--val", self.base / "val.jsonl"]
-        print(json.dumps([list(map(str, args)), str(log), measured, room]), file=self.server.stdin, flush=True)
+        print(json.dumps([list(map(str, args)), str(log), measured, room]), file=self.server.stdin,
+              flush=True)
         pid = int(self.server.stdout.readline())
         assert pid > 1
         while Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z":
@@ -73,11 +75,11 @@ class Trainer:
 
 @pytest.fixture(scope="session", autouse=True)
 def ahead(request, tmp_path_factory):
-    """Other processes that a test file needs, its `ahead(folder)`, begin at once and run beside the tests before it."""
+    """Processes that a test file needs, its `ahead(folder)`, begin at once and run beside earlier tests."""
     modules = {item.module.__name__.split(".")[-1]: item.module for item in request.session.items}
     with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(module.ahead, tmp_path_factory.mktemp(name)) for name, module in modules.items()
-               if hasattr(module, "ahead")}
+        yield {name: pool.submit(module.ahead, tmp_path_factory.mktemp(name))
+               for name, module in modules.items() if hasattr(module, "ahead")}
 
 
 @pytest.fixture(scope="session")

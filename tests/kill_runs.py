@@ -1,4 +1,4 @@
-"""Kills a run with SIGKILL again and again, resumes it, and compares its end with a run that was left alone, bit for bit.
+"""Kills a run by SIGKILL again and again, resumes it and compares its end with a run left alone, bit for bit.
 
     python -m tests.kill_runs 20
 
@@ -15,12 +15,13 @@ from pathlib import Path
 from tests.conftest import ROOT
 from tests.test_runs import assert_same
 
-OPTIONS = ["--cond", "critique", "--lora-rank", "4", "--teacher", "ema", "--batch", "8", "--eval-samples", "1",
-           "--eval-every", "2"]
+OPTIONS = ["--cond", "critique", "--lora-rank", "4", "--teacher", "ema", "--batch", "8",
+           "--eval-samples", "1", "--eval-every", "2"]
 
 
 def start(log, *args):
-    return subprocess.Popen([sys.executable, "-u", "train.py", *map(str, args)], cwd=ROOT, stdout=log, stderr=log)
+    return subprocess.Popen([sys.executable, "-u", "train.py", *map(str, args)], cwd=ROOT,
+                            stdout=log, stderr=log)
 
 
 def half_written(folder):
@@ -57,11 +58,13 @@ def main(kills: int) -> int:
         assert code == -9, lines
         n += 1
         half = f"half written: {half}" if half else "no file half written"
-        print(f"kill {n:2d} after {time.time() - begin:5.2f} s, {half:45s} last said: {lines[-1][:40]}", flush=True)
+        print(f"kill {n:2d} after {time.time() - begin:5.2f} s, {half:45s} last said: {lines[-1][:40]}",
+              flush=True)
     with open(log, "w") as file:
         assert start(file, "--resume", out).wait() == 0, log.read_text()
     assert_same(out, whole)
-    print(f"{n} kills: parameters, state, metrics and rollouts are those of the run that was left alone, bit for bit")
+    print(f"{n} kills: parameters, state, metrics and rollouts are those of the run that was left alone, "
+          "bit for bit")
     shutil.rmtree(base)
     return 0
 

@@ -32,8 +32,9 @@ def peer(family, tied, dtype=torch.float32):
     """A transformers model with every weight random, norms and biases too."""
     transformers = pytest.importorskip("transformers")
     entries, context = PEERS[family]
-    config = getattr(transformers, f"{family}Config")(**SIZES, **entries, max_position_embeddings=256, eos_token_id=None,
-                                                      tie_word_embeddings=tied, attn_implementation="eager")
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES, **entries, max_position_embeddings=256, eos_token_id=None, tie_word_embeddings=tied,
+        attn_implementation="eager")
     model, source = getattr(transformers, f"{family}ForCausalLM")(config), torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for p in model.parameters():
@@ -70,11 +71,12 @@ def test_a_folder_of_transformers_gives_its_logits_and_its_greedy_tokens(tmp_pat
 
     settings = dict(max_new_tokens=LIMIT, do_sample=False, pad_token_id=0)
     alone = [other.generate(torch.tensor([p]), **settings)[0, len(p):].tolist() for p in PROMPTS]
-    eos = alone[1][6]                                               # so that one ends early
+    eos = alone[1][6]                                           # so that one ends early
     alone = [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in alone]
-    assert min(map(len, alone)) < LIMIT == max(map(len, alone)) and len(set(map(tuple, alone))) == 4   # its own premise
+    # the test's own premise
+    assert min(map(len, alone)) < LIMIT == max(map(len, alone)) and len(set(map(tuple, alone))) == 4
 
-    width = max(map(len, PROMPTS))                                  # padded on the left there, on the right here
+    width = max(map(len, PROMPTS))                              # padded on the left there, on the right here
     padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
     together = other.generate(padded, attention_mask=mask, eos_token_id=eos, **settings)[:, width:].tolist()
@@ -101,7 +103,8 @@ def test_shards_give_the_same_weights_and_files_outside_the_index_are_ignored(tm
 def test_bfloat16_weights_are_widened_without_loss_and_saved_under_their_type(tmp_path):
     other, _ = peer("Qwen3", False, torch.bfloat16)
     model, _, _ = load(save(other, tmp_path / "half"))
-    assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in other.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], value.float())
+               for name, value in other.state_dict().items())
     for dtype in ("float32", "bfloat16"):
         weights = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
         save_model(tmp_path / dtype, weights, tmp_path / "half")
@@ -112,10 +115,12 @@ def test_bfloat16_weights_are_widened_without_loss_and_saved_under_their_type(tm
 
 
 # From here on without transformers: config.json by hand.
-OLD = {"model_type": "llama", **SIZES, "max_position_embeddings": 256, "rope_theta": 5e5, "torch_dtype": "float32",
-       "rope_scaling": LLAMA3, "hidden_act": "silu", "sliding_window": None, "tie_word_embeddings": False}
+OLD = {"model_type": "llama", **SIZES, "max_position_embeddings": 256, "rope_theta": 5e5,
+       "torch_dtype": "float32", "rope_scaling": LLAMA3, "hidden_act": "silu", "sliding_window": None,
+       "tie_word_embeddings": False}
 NEW = {k: v for k, v in OLD.items() if k not in ("rope_theta", "torch_dtype", "rope_scaling")} | {
-    "rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "float32", "layer_types": ["full_attention"] * 2}
+    "rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "float32",
+    "layer_types": ["full_attention"] * 2}
 
 
 def folder_of(tmp_path, config, text=None):
@@ -125,10 +130,12 @@ def folder_of(tmp_path, config, text=None):
 
 
 def test_both_spellings_of_a_config_say_the_same(tmp_path):
-    """Older files name the scaling's kind `type`; if both entries are there, `rope_scaling` counts, as in transformers."""
+    """Older files name a scaling's kind `type`; of both entries `rope_scaling` counts, as in transformers."""
     old, new = read_config(folder_of(tmp_path, OLD)), read_config(folder_of(tmp_path, NEW))
-    assert old == new and old.rope_scaling == RopeScaling(4, 1, 4, 32) and old.rope_theta == 5e5 and old.head_dim == 4
-    older = OLD | {"rope_scaling": {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}}
+    assert old == new and old.rope_scaling == RopeScaling(4, 1, 4, 32) and old.rope_theta == 5e5 \
+        and old.head_dim == 4
+    older = OLD | {"rope_scaling": {"type": "llama3",
+                                    **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}}
     both = OLD | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     assert read_config(folder_of(tmp_path, older)) == read_config(folder_of(tmp_path, both)) == old
 
@@ -146,7 +153,8 @@ REFUSED = {
     "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
     "other activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "partial rotary, new spelling": ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "partial rotary, new spelling": ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}},
+                                     "partial_rotary_factor"),
     "positions per kind of layer": ({"rope_scaling": {"full_attention": LLAMA3}}, "rope"),
     "positions not an object": ({"rope_scaling": "llama3"}, "rope"),
     "layer types not a list": ({"layer_types": 7}, "layer_types"),
@@ -165,10 +173,10 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     assert "config.json" in str(refusal.value) and len(str(refusal.value)) < 400
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 2 ** 30, "head_dim": 64},
-                                    {"intermediate_size": 2 ** 31 - 1, "num_hidden_layers": 9},
-                                    {"vocab_size": 2 ** 31 - 1, "hidden_size": 6144}, {"num_hidden_layers": 10 ** 6},
-                                    {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
+@pytest.mark.parametrize("change", [
+    {"hidden_size": 2 ** 30, "head_dim": 64}, {"intermediate_size": 2 ** 31 - 1, "num_hidden_layers": 9},
+    {"vocab_size": 2 ** 31 - 1, "hidden_size": 6144}, {"num_hidden_layers": 10 ** 6},
+    {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
 def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monkeypatch):
     monkeypatch.setattr("sd.checkpoint.Transformer", lambda config: pytest.fail("made a model"))
     with pytest.raises(UserError, match="no real model"):
@@ -177,8 +185,10 @@ def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monke
 
 def test_any_value_of_any_entry_is_understood_or_refused(tmp_path):
     """A string for `rope_scaling` or a number for `layer_types` ended in a traceback."""
-    odd = [None, True, False, 0, -1, 2, 3.5, 1e400, float("nan"), 10 ** 30, "", "x", [], [1], [[]], {}, {"factor": [1]}]
-    more, understood = {name: None for name in ("head_dim", "attention_bias", "mlp_bias", "use_sliding_window")}, 0
+    odd = [None, True, False, 0, -1, 2, 3.5, 1e400, float("nan"), 10 ** 30, "", "x", [], [1], [[]], {},
+           {"factor": [1]}]
+    more, understood = {name: None
+                        for name in ("head_dim", "attention_bias", "mlp_bias", "use_sliding_window")}, 0
     for base in (OLD, NEW | {"model_type": "qwen3"}):
         for name in base | more:
             for value in odd:
@@ -190,7 +200,8 @@ def test_any_value_of_any_entry_is_understood_or_refused(tmp_path):
     assert 50 < understood < 500
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "[" * 100_000, '{"model_type": ' + "[" * 100_000, "\0", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "[" * 100_000, '{"model_type": ' + "[" * 100_000,
+                                  "\0", "{}"])
 def test_a_config_that_is_none_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="config.json"):
         read_config(folder_of(tmp_path, None, text or " "))
@@ -207,7 +218,7 @@ def written(tmp_path):
 
 
 def test_all_files_of_a_folder_have_the_users_permissions(written):
-    """safetensors replaces the file with one that only its owner can read: a colleague could not open the model."""
+    """safetensors replaces the file with one only its owner can read: colleagues could not open the model."""
     assert len({path.stat().st_mode for path in written.iterdir()}) == 1
 
 
@@ -216,8 +227,8 @@ def index(folder, files):
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "/tmp/x.safetensors", "..", "x.bin", "", 7, None,
-                                  "x\0.safetensors", "missing.safetensors"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "/tmp/x.safetensors", "..",
+                                  "x.bin", "", 7, None, "x\0.safetensors", "missing.safetensors"])
 def test_an_index_may_only_name_safetensors_files_of_its_folder(written, name):
     copy(written / "model.safetensors", written.parent / "x.safetensors")       # it would load
     index(written, {tensor: name for tensor in dict(tiny(QWEN3).named_parameters())})
@@ -233,8 +244,8 @@ def test_a_broken_index_is_refused(written, text):
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"\0" * 8, struct.pack("<Q", 2 ** 62) + b"{}", struct.pack("<Q", 2 ** 63 + 5), struct.pack("<Q", 200) + b"{}",
-    struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 90_000) + b"[" * 90_000,
+    b"", b"\0" * 8, struct.pack("<Q", 2 ** 62) + b"{}", struct.pack("<Q", 2 ** 63 + 5),
+    struct.pack("<Q", 200) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 90_000) + b"[" * 90_000,
     *(struct.pack("<Q", len(header)) + header for header in [
         b'{"model.norm.weight":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % sizes
         for sizes in ((2 ** 50, 2 ** 52), (24, 2 ** 52), (2 ** 63, 8), (24, 96))])])
@@ -251,8 +262,8 @@ def test_tensors_that_do_not_fit_the_config_are_named(written, change):
     if change == "lacks":
         del tensors["model.layers.1.mlp.up_proj.weight"]
     else:
-        tensors["model.layers.1.mlp.up_proj.weight" if change == "shape" else "model.layers.2.mlp.up_proj.weight"] = \
-            torch.ones(4, 4)
+        tensors["model.layers.1.mlp.up_proj.weight" if change == "shape" else
+                "model.layers.2.mlp.up_proj.weight"] = torch.ones(4, 4)
     save_file(tensors, written / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.[12]\.mlp\.up_proj\.weight"):
         load(written)
@@ -260,7 +271,7 @@ def test_tensors_that_do_not_fit_the_config_are_named(written, change):
 
 @pytest.mark.parametrize("gap", [False, True])
 def test_a_tokenizer_that_reaches_beyond_the_vocabulary_is_refused(written, gap):
-    """With a gap in its ids a tokenizer has few tokens, but their numbers are too large for the embedding all the same."""
+    """With a gap in its ids a tokenizer has few tokens, but their numbers are too large for the embedding."""
     raw = json.loads((written / "tokenizer.json").read_text())
     raw["model"]["vocab"] |= {"far": 1000} if gap else {f"more{i}": 1000 + i for i in range(30)}
     (written / "tokenizer.json").write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""Packed, compiled and captured: the same numbers as the plain form, one compilation for all lengths, no wait per token."""
+"""Packed, compiled, captured: the plain form's numbers, one compilation for any length, no wait per token."""
 import os
 import shutil
 import subprocess
@@ -16,16 +16,18 @@ from torch.utils._pytree import tree_leaves
 import sd.compile
 import sd.sampling
 from sd import UserError, losses
-from sd.compile import NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed, padded, prepared
+from sd.compile import (NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed,
+                        padded, prepared)
 from sd.lora import add_lora, switch
 from sd.model import Cache, ModelConfig, Transformer
 from sd.sampling import CHECK_EVERY, draw, sample, uniforms
 
-CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64,
-                     qk_norm=True, qkv_bias=True)
+CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6,
+                     rope_theta=100.0, max_position_embeddings=64, qk_norm=True, qkv_bias=True)
 EOS, LIMIT = (3, 5), 24
-PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator().manual_seed(n))] for n in (2, 9, 1, 5, 12)]
+PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator().manual_seed(n))]
+           for n in (2, 9, 1, 5, 12)]
 LOSSES = ["grpo", *losses.DIVERGENCES]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
@@ -101,10 +103,12 @@ def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
     ids, logits = torch.arange(5), []
     with torch.no_grad():
         for form in (model, packed(model, 5), narrowed(model)):
-            logits.append(next_logits(form, ids, Cache(CONFIG, 5, 4, model.lm_head.weight), torch.zeros_like(ids), 1))
+            logits.append(next_logits(form, ids, Cache(CONFIG, 5, 4, model.lm_head.weight),
+                                      torch.zeros_like(ids), 1))
     assert torch.equal(logits[0], logits.pop())                 # a cast before is the cast at every token
     torch.testing.assert_close(*logits, atol=1e-5 if dtype == torch.float32 else 0.5, rtol=0.02)
-    assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()} for p in packed(model, 5).parameters())
+    assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()}
+               for p in packed(model, 5).parameters())
 
 
 @needs_compiler
@@ -117,7 +121,8 @@ def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches(pack,
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompts, tokens in ((PROMPTS, LIMIT), (PROMPTS[:2], 7), (PROMPTS[1:], 40), (PROMPTS[:2], LIMIT)):
-            assert_same(sampled(model, prompts, tokens, compile=True), sampled(model, prompts, tokens, plain=True))
+            assert_same(sampled(model, prompts, tokens, compile=True),
+                        sampled(model, prompts, tokens, plain=True))
             for p in model.parameters():                # a step of training: what was packed before is stale
                 p.data.mul_(1.1)
     assert not NUMBERED                                 # no weights outlive their sampling call
@@ -138,15 +143,15 @@ def test_no_number_of_rows_is_one_too_many_to_compile_for_cuda():
     torch._dynamo.reset()
     plain = losses.of_logits("forward", 0.5, 1.0)
     for rows in (*(2 ** i + 1 for i in range(1, 13)), 1, 2):
-        compare(fused(plain, "cuda"), plain, "forward", rows)           # that backend leaves tensors on a CPU as they are
+        compare(fused(plain, "cuda"), plain, "forward", rows)   # that backend leaves CPU tensors as they are
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_pads_change_nothing(name):
     seen, plain = [], losses.of_logits(name, 0.3, 1.2)
     for rows in (1, 3, 4, 11):
-        compare(padded(lambda *inputs: (seen.append([len(x) for x in inputs]), plain(*inputs))[1], lambda n: n + n % 4),
-                plain, name, rows)
+        compare(padded(lambda *inputs: (seen.append([len(x) for x in inputs]), plain(*inputs))[1],
+                       lambda n: n + n % 4), plain, name, rows)
     assert seen == [[n] * 3 for n in (2, 6, 4, 14)]
 
 
@@ -157,12 +162,13 @@ def compare(one, other, name, rows):
     results = []
     for loss in (one, other):
         value = loss(student := logits.clone().requires_grad_(), teacher, ids)
-        results.append([value.detach(), *torch.autograd.grad((value * torch.arange(1, rows + 1)).sum(), student)])
+        results.append([value.detach(),
+                        *torch.autograd.grad((value * torch.arange(1, rows + 1)).sum(), student)])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 class Replayed(Captured):
-    """What a CUDA graph does, on a CPU: the same operations on the same buffers, for one number of rows and of slots."""
+    """A CUDA graph on a CPU: the same operations on the same buffers, for one number of rows and of slots."""
     made = []
 
     def capture(self, slots):
@@ -198,7 +204,8 @@ class OnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        assert all(t.device.type == self.device and all(type(n) is int for n in t.shape) for t in tensors), func
+        assert all(t.device.type == self.device and all(type(n) is int for n in t.shape)
+                   for t in tensors), func
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
         self.calls += 1
         return out
@@ -208,16 +215,17 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this PyTorch was built without CUDA"))])
 def test_decode_step_draw_and_losses_stay_on_the_device_and_never_wait_for_it(device, dtype):
-    """Tensors without data stand for a device: "meta" everywhere, fake CUDA ones, needing no GPU, where PyTorch knows CUDA.
+    """Tensors without data stand for a device: "meta" everywhere, fake CUDA ones where PyTorch knows CUDA.
 
-    A backward pass needs a GPU even so: gradients on "meta" alone.
+    Those need no GPU, but a backward pass does even so: gradients on "meta" alone.
     """
     new = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device=device)
     with torch.device("meta"):
         model = Transformer(CONFIG).requires_grad_(False)
     with FakeTensorMode() if device == "cuda" else nullcontext():
         for module in model.modules():
-            module._parameters = {name: p if p is None else new(p.shape) for name, p in module._parameters.items()}
+            module._parameters = {name: p if p is None else new(p.shape)
+                                  for name, p in module._parameters.items()}
         cache = Cache(CONFIG, 4, 32, model.lm_head.weight)
         ids, uniform = new(4, dtype=torch.long), new(4, dtype=torch.float64)
         with OnDevice(device) as seen:
@@ -248,7 +256,7 @@ def test_sampling_waits_for_the_device_once_in_a_while_and_not_per_token(model):
 
 
 def ahead(tmp_path):
-    """A loss compiled in a process where something called triton could be imported, and would leave a mark."""
+    """A loss compiled in a process where something named triton could be imported, and would leave a mark."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     code = ("import sys, torch; from sd.compile import fused; x = torch.zeros(2, 5, requires_grad=True); "

@@ -9,11 +9,12 @@ from sd.critic import SymbolicCritic
 from sd.problems import Problem
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122")
-FIRST = ["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"]                                   # products first
-MIXED = ["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"]                                   # interleaved
-WORDS = ["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 110", "3 times 4 is 12", "110 plus 12 gives 122"]
+FIRST = ["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"]       # products first
+MIXED = ["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"]       # interleaved
+WORDS = ["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 110", "3 times 4 is 12",
+         "110 plus 12 gives 122"]
 WORDS_FIRST = [WORDS[i] for i in (0, 1, 3, 2, 4)]
-OTHER = ["3*4=12", "8*7=56", "6*9=54", "12+56=68", "68+54=122"]                                     # order, factors
+OTHER = ["3*4=12", "8*7=56", "6*9=54", "12+56=68", "68+54=122"]         # order, factors
 
 
 def write(steps, answer="122"):
@@ -25,8 +26,8 @@ CASES = {   # name: steps, answer, case, index of the first wrong step, steps of
     "A symbols": (FIRST, "122", "A", None, FIRST),
     "A interleaved": (MIXED, "122", "A", None, MIXED),
     "A words": (WORDS, "122", "A", None, WORDS),
-    "A spaced": ([t.replace("*", " * ").replace("+", " + ").replace("=", " = ") for t in FIRST], "122", "A", None,
-                 [t.replace("*", " * ").replace("+", " + ").replace("=", " = ") for t in FIRST]),
+    "A spaced": ([t.replace("*", " * ").replace("+", " + ").replace("=", " = ") for t in FIRST], "122", "A",
+                 None, [t.replace("*", " * ").replace("+", " + ").replace("=", " = ") for t in FIRST]),
     "D spaced": (["7 × 8 = 56", "6 × 9 = 52", "3 × 4 = 12", "56 + 52 = 108", "108 + 12 = 120"], "120", "D", 1,
                  ["7 × 8 = 56", "6 * 9 = 54", "3 * 4 = 12", "56 + 54 = 110", "110 + 12 = 122"]),
     "A words products first": (WORDS_FIRST, "122", "A", None, WORDS_FIRST),
@@ -51,13 +52,16 @@ CASES = {   # name: steps, answer, case, index of the first wrong step, steps of
     "D interleaved": (["7*8=56", "6*9=54", "56+54=100", "3*4=12", "100+12=112"], "112", "D", 2, MIXED),
     "D own order": (["3*4=14", "8*7=56", "6*9=54", "14+56=70", "70+54=124"], "124", "D", 0, OTHER),
     "D sum": (FIRST[:3] + ["56+54=100", "100+12=112"], "112", "D", 3, FIRST),
-    "D names only the first of two": (["7*8=56", "6*9=52", "3*4=10", "56+52=108", "108+10=118"], "118", "D", 1, FIRST),
-    "D wrong step, right answer": (["7*8=56", "6*9=52", "3*4=14", "56+52=108", "108+14=122"], "122", "D", 1, FIRST),
-    "D operands of no product": (["7*8=56", "6*9=54", "3*5=15", "56+54=110", "110+15=125"], "125", "D", 2, FIRST),
+    "D names only the first of two": (["7*8=56", "6*9=52", "3*4=10", "56+52=108", "108+10=118"], "118", "D",
+                                      1, FIRST),
+    "D wrong step, right answer": (["7*8=56", "6*9=52", "3*4=14", "56+52=108", "108+14=122"], "122", "D",
+                                   1, FIRST),
+    "D operands of no product": (["7*8=56", "6*9=54", "3*5=15", "56+54=110", "110+15=125"], "125", "D",
+                                 2, FIRST),
     "D operands of no sum": (FIRST[:3] + ["56+55=111", "111+12=123"], "123", "D", 3, FIRST),
     "D unreadable step": (["7*8=56", "well, 54", *FIRST[2:]], "122", "D", 1, FIRST),
-    # a product that does not belong stands for the one that the solver never takes: correcting it into the next one
-    # left over rewarded a scrambled order, and a run learned to repeat products (validation Avg 79 -> 10)
+    # a product that does not belong stands for the one the solver never takes: correcting it into the next
+    # one left over rewarded a scrambled order, and a run learned to repeat products (validation Avg 79 -> 10)
     "D misread factor": (["7*8=56", "7*9=63", "3*4=12", "56+63=119", "119+12=131"], "131", "D", 1, FIRST),
     "D product said twice": (["7*8=56", "7*8=56", "3*4=12", "56+56=112", "112+12=124"], "124", "D", 1, FIRST),
     "D said twice for a later one": (["7*8=56", "3*4=12", "3*4=12", "56+12=68", "68+12=80"], "80", "D", 2,
@@ -110,8 +114,8 @@ WRONG = ["7*8=56", "6*9=52", "3*4=12", "56+52=108", "108+12=120"]
 QUOTED = {  # quoting, steps, answer: steps and answer of the critique
     ("full", "D"): (WRONG, "120", ["7*8=56", "6*9=52, so 6*9=54 is correct", *FIRST[2:]], "122"),
     ("full", "answer"): (FIRST, "120", FIRST, "120, so 122 is correct"),
-    ("full", "words"): (["7 times 8 is 54", *WORDS[1:]], "122", ["7 times 8 is 54, so 7 times 8 is 56 is correct",
-                                                                *WORDS[1:]], "122"),
+    ("full", "words"): (["7 times 8 is 54", *WORDS[1:]], "122",
+                        ["7 times 8 is 54, so 7 times 8 is 56 is correct", *WORDS[1:]], "122"),
     ("full", "A"): (FIRST, "122", FIRST, "122"),
     ("full", "B"): (FIRST[:4], "122", FIRST, "122"),
     ("full", "C"): (FIRST[:2], None, FIRST, "122"),
@@ -136,7 +140,7 @@ def test_a_problem_that_is_no_sum_of_products_is_the_users_error(problem):
 
 
 def corrupted(rng):
-    """Problem, answer, steps of a derivation with one or two wrong values, and the index of the first; written anew here."""
+    """Problem, answer, steps with one or two wrong values, and the index of the first; written anew here."""
     pairs = [(rng.randint(2, 12), rng.randint(2, 12)) for _ in range(rng.randint(2, 4))]
     order, words, interleaved = rng.sample(pairs, len(pairs)), rng.random() < 0.5, rng.random() < 0.5
     bad = set(rng.sample(range(2 * len(pairs) - 1), rng.randint(1, 2)))

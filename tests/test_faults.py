@@ -1,4 +1,4 @@
-"""What can fail beside the code: memory, a process among several, the critic's server, the folder. Nothing is lost."""
+"""What can fail beside the code: memory, a rank of two, the critic's server, the folder. Nothing is lost."""
 import json
 import os
 import re
@@ -23,39 +23,45 @@ SHORT = ["--cond", "critique", "--batch", 4, "--steps", 3, "--eval-samples", 1, 
 
 
 def test_out_of_memory_is_told_with_the_plan_and_the_run_goes_on_with_a_smaller_batch(trainer, tmp_path):
-    args = ["--cond", "ref", "--batch", 64, "--micro-batch", 64, "--steps", 1, "--epochs", 2, "--eval-samples", 1,
-            "--out", tmp_path / "run"]
+    args = ["--cond", "ref", "--batch", 64, "--micro-batch", 64, "--steps", 1, "--epochs", 2,
+            "--eval-samples", 1, "--out", tmp_path / "run"]
     code, text = trainer(args, room=200 * 2 ** 20)
     assert code == 1 and "Traceback" not in text, text
-    assert "train.py: out of memory after step 0" in text and "phase: training, activations and logits" in text
-    assert text.splitlines()[-1] == f"then go on with: python train.py --resume {tmp_path}/run --micro-batch 32 --sample-batch 256"
+    assert "train.py: out of memory after step 0" in text \
+        and "phase: training, activations and logits" in text
+    assert text.splitlines()[-1] == (f"then go on with: python train.py --resume {tmp_path}/run "
+                                     "--micro-batch 32 --sample-batch 256")
     code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=200 * 2 ** 20)
     assert code == 0 and "done." in text, text
 
 
 def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_goes_on(trainer, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                "train.py", *map(str, SHORT), "--steps", "400", "--epochs", "100", "--out", str(out)], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}, text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+         *map(str, SHORT), "--steps", "400", "--epochs", "100", "--out", str(out)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("step    2/"):
             break
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = {re.search(rb"\0RANK=(\d)\0", open(f"/proc/{pid}/environ", "rb").read())[1]: int(pid) for pid in children}
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                              text=True).stdout.split()
+    ranks = {re.search(rb"\0RANK=(\d)\0", open(f"/proc/{pid}/environ", "rb").read())[1]: int(pid)
+             for pid in children}
     os.kill(ranks[b"1"], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and f"go on with: python train.py --resume {out}" in errors, errors
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     begun = time.time()
-    code, text = trainer(["--resume", out], lambda text: f"step {steps[-1] + 1:4d}/" in text or time.time() - begun > 60,
+    code, text = trainer(["--resume", out],
+                         lambda text: f"step {steps[-1] + 1:4d}/" in text or time.time() - begun > 60,
                          signal.SIGTERM)
     assert code == 143 and f"from step {steps[-1]}" in text, text
 
 
 class Scribe(BaseHTTPRequestHandler):
-    """A chat server that writes what the exact critic would; it hangs up for good after `server.left` answers."""
+    """A chat server that writes as the exact critic; it hangs up for good after `server.left` answers."""
 
     def do_POST(self):
         prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
@@ -65,7 +71,8 @@ class Scribe(BaseHTTPRequestHandler):
         self.server.keys.add(self.headers.get("Authorization"))
         if self.server.left < 0:
             return
-        critique = SymbolicCritic()(Problem("p", problem, truth.splitlines()[0]), trace, "ran out of tokens" in prompt)
+        critique = SymbolicCritic()(Problem("p", problem, truth.splitlines()[0]), trace,
+                                    "ran out of tokens" in prompt)
         message = {"content": "<think>\nlet me see </think>" + critique.text}
         self.send_response(200)
         self.end_headers()
@@ -75,7 +82,8 @@ class Scribe(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowhere(tmp_path, here, monkeypatch):
+def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowhere(
+        tmp_path, here, monkeypatch):
     """Nothing is trained on half of a batch: resumed, the run is the one that the exact critic gives."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     monkeypatch.setattr(train, "ServerCritic", partial(ServerCritic, retries=1, backoff=0.01))
@@ -87,7 +95,8 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
         url = f"http://127.0.0.1:{server.server_port}/v1"
         code, said = here(*SHORT, "--critic", f"{url}#scribe", "--out", tmp_path / "run")
         last = said.splitlines()[-1]
-        assert code == 2 and last.startswith(f"train.py: {url}/chat/completions: no answer") and "--resume" in last, said
+        assert code == 2 and last.startswith(f"train.py: {url}/chat/completions: no answer") \
+            and "--resume" in last, said
         assert "step    1/3  loss" in said and "step    2/3" not in said
         server.left = 100
         code, more = here("--resume", tmp_path / "run")
@@ -106,7 +115,8 @@ def test_a_batch_without_one_critique_that_teaches_stops_the_run(tmp_path, here,
     empty = lambda self, problems, texts, truncated: [Critique("", "", malformed="cut off") for _ in problems]
     monkeypatch.setattr(SymbolicCritic, "batch", empty)
     code, text = here(*SHORT, "--batch", 8, "--out", tmp_path / "run")
-    assert code == 2 and "step 1: all 8 critiques are malformed, the first one: cut off" in text.splitlines()[-1]
+    assert code == 2 \
+        and "step 1: all 8 critiques are malformed, the first one: cut off" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("folder", ["/proc/run", "locked/run"])
@@ -118,4 +128,5 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_sampled(fold
         (tmp_path / "locked").mkdir(mode=0o555)
         folder = tmp_path / folder
     code, text = here(*SHORT, "--out", folder)
-    assert code == 2 and text.startswith(f"train.py: {folder}/config.json: cannot be written") and text.count("\n") == 1
+    assert code == 2 and text.startswith(f"train.py: {folder}/config.json: cannot be written") \
+        and text.count("\n") == 1

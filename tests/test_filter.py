@@ -18,8 +18,8 @@ def run(tmp_path, monkeypatch, capsys):
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) + "\n"
                                 for p in embedded("val")[:problems]))
-        monkeypatch.setattr(sys, "argv", ["problems", "filter", "--data", str(data), "--out", str(tmp_path / "hard.jsonl"),
-                                          *OPTIONS, *args])
+        monkeypatch.setattr(sys, "argv", ["problems", "filter", "--data", str(data),
+                                          "--out", str(tmp_path / "hard.jsonl"), *OPTIONS, *args])
         return filter.main(), *capsys.readouterr()
     return run
 
@@ -30,7 +30,8 @@ def test_it_keeps_what_is_never_solved_when_sampled_one_problem_at_a_time(run, t
     model, tokenizer, _ = load(EMBEDDED)
     kept = {p.id for p in read_problems(tmp_path / "hard.jsonl")}
     for p in embedded("val")[:12]:
-        out = sample(model, [tokenizer.student_prompt(p.problem)], tokenizer.eos, 80, 1.1, 8, uniforms(8, 80, 0, "filter", p.id))
+        out = sample(model, [tokenizer.student_prompt(p.problem)], tokenizer.eos, 80, 1.1, 8,
+                     uniforms(8, 80, 0, "filter", p.id))
         right = sum(tokenizer.decode(c).endswith(f"<answer> {p.answer} </answer>") for c in out.completions())
         assert (p.id in kept) == (right == 0)
     assert 0 < len(kept) < 12       # the test's own premise
@@ -54,7 +55,8 @@ def test_a_changed_problem_is_counted_anew_though_its_id_stays(run, tmp_path):
     text[1] = json.dumps(json.loads(text[1]) | {"answer": "-1"})
     data.write_text("\n".join(text))
     assert filter.main() == 0
-    assert [json.loads(line)["id"] for line in counts.read_text().splitlines()[1:]] == ["val-1", "val-2", "val-3", "val-2"]
+    assert [json.loads(line)["id"] for line in counts.read_text().splitlines()[1:]] == [
+        "val-1", "val-2", "val-3", "val-2"]
 
 
 def test_what_a_critic_can_solve_is_kept_by_its_least_count(run, tmp_path):
@@ -66,7 +68,8 @@ def test_what_a_critic_can_solve_is_kept_by_its_least_count(run, tmp_path):
     assert kept == {name for name, count in everything.items() if count} and 0 < len(kept) < 12
 
 
-@pytest.mark.parametrize("text", ["\udcff", "[" * 100_000, "{}\n{}\n", '{}\n{"problem": "x", "correct": "many"}\n', "null\n3\n"])
+@pytest.mark.parametrize("text", ["\udcff", "[" * 100_000, "{}\n{}\n",
+                                  '{}\n{"problem": "x", "correct": "many"}\n', "null\n3\n"])
 def test_a_file_that_holds_no_counts_is_told(run, tmp_path, text):
     (tmp_path / "hard.jsonl.counts.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     status, _, errors = run(problems=2)

@@ -1,4 +1,4 @@
-"""Adapters: nothing before training, only them trained, merged or apart the same model, and what the teacher shares."""
+"""Adapters: nothing before training, only they train, merged or apart one model, what the teacher shares."""
 import pytest
 import torch
 
@@ -58,7 +58,8 @@ def test_only_the_adapters_train_and_they_are_float32(dtype):
         if ".lora_" in name:
             assert p.grad.abs().max() > 0 and p.dtype == p.grad.dtype == torch.float32, name
         else:
-            assert p.grad is None and not p.requires_grad and torch.equal(p, frozen[name]) and p.dtype == dtype, name
+            assert p.grad is None and not p.requires_grad and torch.equal(p, frozen[name]) \
+                and p.dtype == dtype, name
     adapters = sorted(name.split(".")[-2] for name, p in student.named_parameters() if p.requires_grad)
     assert adapters == sorted(2 * QWEN2.num_hidden_layers * list(TARGETS))
 
@@ -92,7 +93,7 @@ def test_merged_weights_give_the_same_logits_here_and_in_transformers(tmp_path, 
     save_model(tmp_path / "merged", plain_weights(student), folder)
     save_adapter(tmp_path / "merged", student, str(folder))
     merged, _, _ = load(tmp_path / "merged")
-    assert (merged(ids) - tiny(config)(ids)).abs().max() > 0.1         # the test's own premise: the adapter does something
+    assert (merged(ids) - tiny(config)(ids)).abs().max() > 0.1  # its own premise: the adapter does something
     torch.testing.assert_close(merged(ids), student(ids), atol=1e-5, rtol=1e-5)
     transformers = pytest.importorskip("transformers")
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -43,9 +43,9 @@ def test_the_summary_is_in_percent_over_problems():
 
 
 def test_the_bootstrap_interval_is_close_to_the_normal_approximation():
-    values = np.array([1.0] * 120 + [0.0] * 280)        # p = 0.3, n = 400: half-width 1.96 sqrt(p (1 - p) / n)
+    values = np.array([1.0] * 120 + [0.0] * 280)    # p = 0.3, n = 400: half-width 1.96 sqrt(p (1 - p) / n)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     low, high = bootstrap(values)
     assert low == pytest.approx(0.3 - half, abs=0.004) and high == pytest.approx(0.3 + half, abs=0.004)
-    assert bootstrap(values) == (low, high)             # the same every time
+    assert bootstrap(values) == (low, high)         # the same every time
     assert bootstrap(np.ones(5)) == (1, 1)

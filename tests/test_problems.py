@@ -65,10 +65,9 @@ def test_a_line_of_ten_megabytes_is_read(read):
     (line(answer=1.0), "'answer'"), (line(answer=True), "'answer'"), (line(answer=["1"]), "'answer'"),
     ('{"problem": "p", "answer": NaN}', "'answer'"), ('{"problem": "p", "answer": 1e999}', "'answer'"),
     (line(problem=1), "'problem'"), (line(problem={}), "'problem'"), (line(solution=1), "'solution'"),
-    (line(id=1.5), "'id'"),
-    (line(id=[]), "'id'"), (line(problem=""), "'problem' is empty"), (line(problem=" \n"), "'problem' is empty"),
-    (line(answer=""), "'answer' is empty"), (line(answer="\u2003"), "'answer' is empty"),
-    (line(id=""), "'id' is empty"),
+    (line(id=1.5), "'id'"), (line(id=[]), "'id'"), (line(problem=""), "'problem' is empty"),
+    (line(problem=" \n"), "'problem' is empty"), (line(answer=""), "'answer' is empty"),
+    (line(answer="\u2003"), "'answer' is empty"), (line(id=""), "'id' is empty"),
     (line(id="x" * 201), "'id' must be at most 200"), (line(id="a\x1b[2J"), "'id' must be"),
     (line(id="a\nb"), "'id' must be"),
     (line(problem="\ud800"), "'problem' holds half"), (line(answer="1\udfff"), "'answer' holds half"),
@@ -99,4 +98,5 @@ def test_files_that_cannot_be_opened_are_told(tmp_path):
 def test_the_embedded_problems_share_no_id_and_no_problem():
     splits = [embedded(split) for split in ("train", "val", "test")]
     problems = [p for split in splits for p in split]
-    assert all(splits) and len({p.id for p in problems}) == len({p.problem for p in problems}) == len(problems)
+    assert all(splits) \
+        and len({p.id for p in problems}) == len({p.problem for p in problems}) == len(problems)

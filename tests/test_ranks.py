@@ -1,4 +1,4 @@
-"""Two processes under torchrun, and batches cut into parts, train the same weights on the same rollouts as one process."""
+"""Two processes under torchrun, and batches in parts, train the same weights on the same rollouts as one."""
 import json
 import os
 import socket
@@ -21,7 +21,8 @@ WORKER = """
 import json, os, sys, train
 import torch.distributed as dist
 jobs, address = json.loads(sys.argv[1]), dict(os.environ)
-for args, expected, port in jobs:                   # torchrun's own store serves one process group: the last job's
+for args, expected, port in jobs:\
+                   # torchrun's own store serves one process group: the last job's
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port} if port else address
     sys.argv = ["train.py", *args]
     code = train.main()
@@ -33,18 +34,20 @@ for args, expected, port in jobs:                   # torchrun's own store serve
 
 
 def options(base, name, *more):
-    return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4, "--eval-samples", 1,
-                          "--lr", LR, "--max-new-tokens", 80 if "grpo" in name else 24, "--data", base / "train.jsonl",
-                          "--val", base / "val.jsonl", "--out", base / name.replace(" ", "-"), *more]))
+    return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4,
+                          "--eval-samples", 1, "--lr", LR, "--max-new-tokens", 80 if "grpo" in name else 24,
+                          "--data", base / "train.jsonl", "--val", base / "val.jsonl",
+                          "--out", base / name.replace(" ", "-"), *more]))
 
 
 def ahead(base):
-    """One torchrun: an --out that exists, which only rank 0 sees, each condition, and a batch that is too small."""
+    """One torchrun: an --out that exists, which only rank 0 sees, each condition, and a batch too small."""
     for split, count in (("train", 24), ("val", 5)):            # 5: the two ranks have unequal shares
         lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
         (base / f"{split}.jsonl").write_text("".join(lines[:count]))
     (base / "ref-taken").mkdir()
-    jobs = [(options(base, "ref taken"), (2, 1)), *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),
+    jobs = [(options(base, "ref taken"), (2, 1)),
+            *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),
             (options(base, "ref none", "--batch", 1), None)]
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in jobs[1:]]
     ports = [str(s.getsockname()[1]) for s in sockets] + [None]
@@ -53,8 +56,8 @@ def ahead(base):
     (base / "worker.py").write_text(WORKER)
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", base / "worker.py",
-         json.dumps([(*job, port) for job, port in zip(jobs, ports)])],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)},
+         json.dumps([(*job, port) for job, port in zip(jobs, ports)])], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)},
         text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=120)
@@ -93,7 +96,7 @@ def assert_same(one, other):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     weights, others = load_file(one / "last/model.safetensors"), load_file(other / "last/model.safetensors")
     initial = load_file(EMBEDDED / "model.safetensors")
-    assert max((w - initial[name]).abs().max() for name, w in weights.items()) > 2 * LR     # it has learned something
+    assert max((w - initial[name]).abs().max() for name, w in weights.items()) > 2 * LR     # it has learned
     torch.testing.assert_close(weights, others, atol=1e-6, rtol=0)
 
 
@@ -126,8 +129,9 @@ def test_errors_are_told_once_and_end_all_processes(base, two):
 
 
 def test_a_step_without_any_gradient_has_none_with_two_processes_either(monkeypatch):
-    """Zeros in its place made AdamW move on by its momentum; one process did nothing in such a step of grpo."""
-    ranks, elsewhere, parameters = Ranks(torch.device("cpu")), 0.0, [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    """Zeros in its place moved AdamW on by its momentum; one process did nothing in such a step of grpo."""
+    ranks, elsewhere, parameters = (Ranks(torch.device("cpu")), 0.0,
+                                    [torch.nn.Parameter(torch.ones(2)) for _ in range(3)])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(elsewhere))
     ranks.world = 2
     ranks.sum_gradients(parameters)

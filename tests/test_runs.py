@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged and go on: to the numbers of a run that never stopped, bit for bit."""
+"""Runs that are killed, stopped or damaged go on: to the numbers of a run that never stopped, bit for bit."""
 import json
 import os
 import random
@@ -32,7 +32,8 @@ def contents(folder):
     """All that must be the same, whatever happened on the way."""
     out = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        out[path.relative_to(folder)] = {name: sha256(t.numpy().tobytes()).hexdigest() for name, t in load_file(path).items()}
+        out[path.relative_to(folder)] = {name: sha256(t.numpy().tobytes()).hexdigest()
+                                         for name, t in load_file(path).items()}
     for name in ("best", "last"):
         with safe_open(folder / name / "model.safetensors", "pt") as file:
             out[name] = file.metadata()
@@ -72,10 +73,12 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_left_alone(trainer, 
     assert_same(out, whole[0] / "plain")
 
 
-def test_terminated_and_interrupted_with_an_adapter_and_a_moving_average_it_goes_on_exactly(trainer, whole, tmp_path):
+def test_terminated_and_interrupted_with_an_adapter_and_a_moving_average_it_goes_on_exactly(
+        trainer, whole, tmp_path):
     out = tmp_path / "run"
     code, text = trainer([*LORA, "--out", out], lambda text: "step    1/" in text, signal.SIGTERM)
-    assert code == 143 and text.splitlines()[-1] == f"stopped after step 1; go on with: python train.py --resume {out}"
+    assert code == 143 \
+        and text.splitlines()[-1] == f"stopped after step 1; go on with: python train.py --resume {out}"
     assert load(out / "last") and (out / "last/adapter/adapter_config.json").exists()
     code, text = trainer(["--resume", out], lambda text: "step    3/" in text, signal.SIGINT)
     assert code == 130 and f"stopped after step 3; go on with: python train.py --resume {out}" in text
@@ -103,7 +106,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(trainer, whole, tmp_path, h
     out = tmp_path / "run"
     shutil.copytree(whole[0] / "plain", out)
     newest = out / f"state-{STEPS}.safetensors"
-    flip(newest, newest.stat().st_size // 2) if how == "flipped" else os.truncate(newest, newest.stat().st_size // 2)
+    flip(newest, newest.stat().st_size // 2) if how == "flipped" else \
+        os.truncate(newest, newest.stat().st_size // 2)
     for left in (out / "state-5.safetensors.tmp", out / ".tmpaB3", out / "best" / ".tmpxyz"):
         left.write_text("half")
     code, text = trainer(["--resume", out])
@@ -113,28 +117,31 @@ def test_a_damaged_state_gives_way_to_the_one_before(trainer, whole, tmp_path, h
 
 @pytest.fixture
 def open_run():
-    """The run of a folder with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
+    """A folder's run with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
     student = load(EMBEDDED)[0]
     add_lora(student, 4, 8, 1)                          # other numbers than the run's
 
     def begin(folder):
         config = read_config(folder / "config.json")
-        run, problems = RunFolder(config, Ranks(torch.device("cpu")), folder), map(read_problems, map(Path, (config.data, config.val)))
+        run, problems = (RunFolder(config, Ranks(torch.device("cpu")), folder),
+                         map(read_problems, map(Path, (config.data, config.val))))
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
         return run, run.begin(student, optimizer, Teacher("ema", student, 0.9), STEPS, sum(problems, []))
     return begin
 
 
 def test_no_flipped_bit_anywhere_goes_unnoticed(whole, tmp_path, capsys, open_run):
-    """The checksum was of the tensors alone: a step of 4 that reads 5, or another best score, was believed."""
+    """The checksum was of the tensors alone: a step of 4 that read 5, or another best score, was believed."""
     out, rng = tmp_path / "run", random.Random(0)
     shutil.copytree(whole[0] / "lora", out)
     newest = out / f"state-{STEPS}.safetensors"
     good, (run, step) = newest.read_bytes(), open_run(out)
     state, facts, header = run._state(), (run.best, run.evaluated_at), 8 + int.from_bytes(good[:8], "little")
     assert step == STEPS
-    numbers = [at for at in range(good.index(b"__metadata__"), good.index(b"sha256")) if good[at:at + 1].isdigit()]
-    for at in [0, 7, *rng.sample(range(8, header), 25), *numbers[:12], *rng.sample(range(header, len(good)), 5)]:
+    numbers = [at for at in range(good.index(b"__metadata__"), good.index(b"sha256"))
+               if good[at:at + 1].isdigit()]
+    for at in [0, 7, *rng.sample(range(8, header), 25), *numbers[:12],
+               *rng.sample(range(header, len(good)), 5)]:
         newest.write_bytes(good)
         flip(newest, at, 1 if at in numbers else 1 << rng.randrange(8))
         run, step = open_run(out)
@@ -146,7 +153,8 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(whole, tmp_path, capsys, open_ru
 
 
 def test_the_last_two_states_are_kept(whole):
-    assert sorted(p.name for p in (whole[0] / "plain").glob("state-*")) == ["state-4.safetensors", "state-6.safetensors"]
+    assert sorted(p.name for p in (whole[0] / "plain").glob("state-*")) == [
+        "state-4.safetensors", "state-6.safetensors"]
 
 
 def test_without_a_whole_state_a_run_is_not_resumed(whole, tmp_path, here):
@@ -169,7 +177,8 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole, tmp_path, here):
     before = {path: sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
     code, text = here("--resume", out)
     assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: holds no whole state"), text
-    assert before == {path: sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
+    assert before == {path: sha256(path.read_bytes()).hexdigest()
+                      for path in out.rglob("*") if path.is_file()}
 
 
 def test_other_problems_than_the_runs_are_refused(whole, tmp_path, here):
@@ -191,7 +200,8 @@ def test_a_state_of_another_model_is_refused(whole, tmp_path, here):
     assert code == 2 and "is not a state of --model" in text and "Traceback" not in text, text
 
 
-@pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"], ["--dtype", "float32"]])
+@pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"],
+                                  ["--dtype", "float32"]])
 def test_other_options_beside_resume_are_refused(whole, here, args):
     code, text = here("--resume", whole[0] / "plain", *args)
     assert code == 2 and "--resume goes on with the options of the run" in text
@@ -202,20 +212,22 @@ def test_a_run_goes_on_with_other_options_of_memory_to_the_same_numbers(trainer,
     assert trainer([*PLAIN, "--out", out], lambda text: "step    2/" in text, signal.SIGTERM)[0] == 143
     code, text = trainer(["--resume", out, "--micro-batch", 1, "--sample-batch", 3, "--recompute"])
     assert code == 0, text
-    assert (read_config(out / "config.json").micro_batch, read_config(out / "config.json").recompute) == (1, True)
+    assert (read_config(out / "config.json").micro_batch,
+            read_config(out / "config.json").recompute) == (1, True)
     assert (out / "rollouts.jsonl").read_text() == (whole[0] / "plain/rollouts.jsonl").read_text()
-    torch.testing.assert_close(load_file(out / "last/model.safetensors"), load_file(whole[0] / "plain/last/model.safetensors"),
-                               atol=1e-5, rtol=0)
+    torch.testing.assert_close(load_file(out / "last/model.safetensors"),
+                               load_file(whole[0] / "plain/last/model.safetensors"), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("change", [{"divergence": "foo"}, {"learning_rate": 1.0}, {"lr": "1e-3"}, {"steps": 6.0}, {"cond": None}, "lacks",
-                                    "[]", "{", ""])
+@pytest.mark.parametrize("change", [{"divergence": "foo"}, {"learning_rate": 1.0}, {"lr": "1e-3"},
+                                    {"steps": 6.0}, {"cond": None}, "lacks", "[]", "{", ""])
 def test_a_run_of_another_version_is_refused(whole, tmp_path, here, change):
     out = tmp_path / "run"
     shutil.copytree(whole[0] / "plain", out)
     config = json.loads((out / "config.json").read_text())
     config.pop("clip") if change == "lacks" else None
-    text = json.dumps(config | change) if isinstance(change, dict) else json.dumps(config) if change == "lacks" else change
+    text = json.dumps(config | change) if isinstance(change, dict) else \
+        json.dumps(config) if change == "lacks" else change
     (out / "config.json").write_text(text)
     code, text = here("--resume", out)
     told = "--divergence must be one of" if "divergence" in change else f"{out}/config.json: no run to resume"

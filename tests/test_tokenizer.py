@@ -9,17 +9,19 @@ from sd.problems import embedded
 from sd.tokenizer import CONTROL, Tokenizer
 
 TOKENIZER = Tokenizer(EMBEDDED / "tokenizer.json")
-WORDS = ("<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n<step_3> 56 plus 54 gives 110 </step_3>\n"
-         "<answer> 110 </answer>")
+WORDS = ("<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n"
+         "<step_3> 56 plus 54 gives 110 </step_3>\n<answer> 110 </answer>")
 
 
 @pytest.mark.parametrize("text", [
-    WORDS, "<step_1> 7*8=54, so 7*8=56 is correct </step_1>\n<step_2> correct </step_2>\n<answer> 1 </answer>",
+    WORDS,
+    "<step_1> 7*8=54, so 7*8=56 is correct </step_1>\n<step_2> correct </step_2>\n<answer> 1 </answer>",
     "<step_1> 7*8=5", "<answer> 1 </answer>", "", " ", "0123456789\n",
 ])
 def test_decode_gives_back_what_was_encoded(text):
     ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text == "".join(TOKENIZER.pieces(ids)) and len(TOKENIZER.pieces(ids)) == len(ids)
+    assert TOKENIZER.decode(ids) == text == "".join(TOKENIZER.pieces(ids)) \
+        and len(TOKENIZER.pieces(ids)) == len(ids)
 
 
 def test_all_shipped_problems_and_references_are_encoded_without_loss():
