@@ -1,4 +1,4 @@
-"""The per-token advantage: against a slow computation, on traces written by hand, and the page in a browser."""
+"""The per-token advantage: against a slow computation, on traces written by hand, the page in a browser."""
 import json
 import re
 import shutil
@@ -19,17 +19,19 @@ from sd.problems import Problem
 from sd.sampling import Rollouts
 from sd.steps import parse, render
 
-PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122", "first 7 multiplied by 8 makes 56, then 6 multiplied by 9 makes 54, then "
-                                                 "3 multiplied by 4 makes 12, so 122 is correct")
+PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122",
+                  "first 7 multiplied by 8 makes 56, then 6 multiplied by 9 makes 54, "
+                  "then 3 multiplied by 4 makes 12, so 122 is correct")
 WRONG = [   # steps, answer: a wrong first product, a wrong sum, a wrong answer after right steps
     (["7*8=54", "6*9=54", "3*4=12", "54+54=108", "108+12=120"], "120"),
-    (["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 112", "3 times 4 is 12", "112 plus 12 gives 124"], "124"),
+    (["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 112", "3 times 4 is 12",
+      "112 plus 12 gives 124"], "124"),
     (["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"], "126"),
 ]
 CRITICS = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & "
-FACTS = {"folder": "solver", "teacher": "solver", "split": "val", "problems": 1, "samples": 8, "temperature": 1.1, "seed": 0,
-         "wrong": 3}
+FACTS = {"folder": "solver", "teacher": "solver", "split": "val", "problems": 1, "samples": 8,
+         "temperature": 1.1, "seed": 0, "wrong": 3}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,8 @@ def rows(solver):
 def row(problem="p", kinds="bbueaa", grpo=-0.5, end=5, **advantages):
     """A row with a token per letter (before, up to, error, after) and the given A_t."""
     logp = {"student": np.full(len(kinds), -1.0)} | {c: np.array(a) - 1.0 for c, a in advantages.items()}
-    return Row(Problem(problem, "x", "1", "s"), list(range(len(kinds))), list(kinds), kinds.index("u"), kinds.index("e"), end,
-               grpo, {c: "context" for c in advantages}, {}, logp)
+    return Row(Problem(problem, "x", "1", "s"), list(range(len(kinds))), list(kinds), kinds.index("u"),
+               kinds.index("e"), end, grpo, {c: "context" for c in advantages}, {}, logp)
 
 
 def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows):
@@ -85,26 +87,29 @@ def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows)
 
 def test_kinds_of_tokens_of_traces_written_by_hand(rows):
     of = [["".join(p for p, k in zip(r.pieces, r.kinds()) if k == kind) for kind in range(4)] for r in rows]
-    assert of[0][:3] == ["", "<step_1> 7*8=5", "4"]                 # 54 for 56: the 5 is right
+    assert of[0][:3] == ["", "<step_1> 7*8=5", "4"]         # 54 for 56: the 5 is right
     assert of[0][3].startswith(" </step_1>\n<step_2> 6*9=54")
     assert of[1][:3] == ["<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n<step_3> ",
-                         "56 plus 54 gives 11", "2"]                # the tags between two steps are the first one's
-    assert of[2][0].endswith("110+12=122 </step_5>\n<answer> ") and of[2][1:] == ["12", "6", " </answer>"]     # and <eos>
+                         "56 plus 54 gives 11", "2"]        # the tags between two steps are the first one's
+    assert (of[2][0].endswith("110+12=122 </step_5>\n<answer> ")
+            and of[2][1:] == ["12", "6", " </answer>"])     # and <eos>
     assert [("".join(r.pieces[r.start:r.end])) for r in rows] == [
         "<step_1> 7*8=54 </step_1>\n<step_2> ", "56 plus 54 gives 112 </step_3>\n<step_4> ", "126 </answer>"]
     assert all((r.kinds() == 2).sum() == 1 for r in rows)
 
 
 @pytest.mark.parametrize("pieces, right, number, expected", [
-    (["<step_1> ", "3", "=", "9", " </step_1>\n<step_2> ", "4", "=", "2", "9", " </step_2>"], "4=28", 1, (5, 8, 10)),
-    (["<step_1> ", "12", "=", "3", " </step_1>"], "12=36", 0, (0, 4, 5)),       # stops too early: where it should go on
-    (["<step_1> ", "12", "=", "36", "4", " </step_1>"], "12=36", 0, (0, 4, 6)),     # says too much
-    (["<step_1> ", "12", "=", "3"], "12=36", 0, (0, 3, 4)),                     # neither closed nor continued
-    (["<step_1> ", "12", "=", "3", ""], "12=36", 0, (0, 4, 5)),                 # ended: <eos> is the error
-    (["<step_1>", "  12=34 ", "</step_1>"], "12=36", 0, (0, 1, 3)),             # spaces are not the step's text
-    (["<step_1> 3 </step", "_1><step_2> 4", " </step_2>"], "5", 1, (1, 1, 3)),  # a token across the border
-    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], None, 1, (3, 3, 6)),       # no counterpart
-    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], "b", 1, (3, 3, 6)),        # the critic repeats it
+    (["<step_1> ", "3", "=", "9", " </step_1>\n<step_2> ", "4", "=", "2", "9", " </step_2>"], "4=28", 1,
+     (5, 8, 10)),
+    (["<step_1> ", "12", "=", "3", " </step_1>"], "12=36", 0, (0, 4, 5)),        # too short: must go on here
+    (["<step_1> ", "12", "=", "36", "4", " </step_1>"], "12=36", 0, (0, 4, 6)),  # says too much
+    (["<step_1> ", "12", "=", "3"], "12=36", 0, (0, 3, 4)),                      # not closed, not continued
+    (["<step_1> ", "12", "=", "3", ""], "12=36", 0, (0, 4, 5)),                  # ended: <eos> is the error
+    (["<step_1>", "  12=34 ", "</step_1>"], "12=36", 0, (0, 1, 3)),              # spaces are not its text
+    (["<step_1> 3 </step", "_1><step_2> 4", " </step_2>"], "5", 1, (1, 1, 3)),   # a token across the border
+    # no counterpart; the critic repeats it
+    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], None, 1, (3, 3, 6)),
+    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], "b", 1, (3, 3, 6)),
 ])
 def test_the_place_of_the_error(pieces, right, number, expected):
     assert locate(pieces, parse("".join(pieces)).steps[number], right) == expected
@@ -117,8 +122,9 @@ def test_the_corrected_step_follows_the_copy_even_with_steps_inserted():
     assert corrected(trace, 0, critique) == "7*8=56"
     assert corrected(trace, 4, critique) == "122"                                   # the answer
     assert corrected(trace, 3, parse(render(["7*8=56", "56+54=110", "3*4=13"], "122"))) is None
-    assert corrected(parse(render(list("abax"), "1")), 3, parse(render(list("abay"), "2"))) == "y"      # a step said twice
-    assert corrected(parse(render(["a", "b"], "1")), 1, parse(render(["c"], "2"))) is None      # the copy is not verbatim
+    # a step said twice; a copy that is not verbatim
+    assert corrected(parse(render(list("abax"), "1")), 3, parse(render(list("abay"), "2"))) == "y"
+    assert corrected(parse(render(["a", "b"], "1")), 1, parse(render(["c"], "2"))) is None
     assert corrected(trace, 4, parse("nothing")) is None
 
 
@@ -126,7 +132,8 @@ def test_means_medians_shares_and_tokens_by_hand():
     summary = summarise([row(kinds="bbueaa", partial=[0.1, 0.7, 0, -4, -1, 1]),
                          row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, 0, -0.6])])
     first, after = summary["partial"]["first wrong token"], summary["partial"]["after it"]
-    assert (first["mean"], first["median"], first["below"], first["above"], first["tokens"]) == (-5, -5, 1, 0, 2)
+    assert (first["mean"], first["median"], first["below"], first["above"], first["tokens"]) == (
+        -5, -5, 1, 0, 2)
     assert (first["low"], first["high"]) == (-6, -4)
     assert after["mean"] == pytest.approx(-0.6 / 5) and after["median"] == 0 and after["tokens"] == 5
     assert (after["below"], after["above"]) == (0.4, 0.2)
@@ -136,7 +143,7 @@ def test_means_medians_shares_and_tokens_by_hand():
 
 
 def test_concentration_by_hand():
-    """Tokens 2-4 are the wrong step: 4 + 1 of 6.5 and, in the other problem, 6 of 6.6; grpo's is the share of tokens."""
+    """Tokens 2-4 are the wrong step: 4 + 1 of 6.5, in problem q 6 of 6.6; grpo's is the share of tokens."""
     rows = [row(kinds="bbueaa", partial=[-0.5, 2, 0.3, -4, -1, -1]),
             row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, 0, -0.6])]
     share = summarise(rows)["partial"][MASS]
@@ -147,7 +154,7 @@ def test_concentration_by_hand():
 
 
 def test_intervals_are_those_of_a_known_distribution():
-    """400 problems of 5 tokens with one value each, normal: half-width 1.96 / sqrt(400), not 1.96 / sqrt(2000)."""
+    """400 problems of 5 tokens of equal value, normal: half-width 1.96 / sqrt(400), not 1.96 / sqrt(2000)."""
     values = np.random.default_rng(5).normal(2, 1, 400)
     found = ratio(5 * values, np.full(400, 5))
     assert found["mean"] == pytest.approx(values.mean())
@@ -189,7 +196,8 @@ def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver
 def test_without_reference_solutions_there_is_no_ref(solver):
     model, tokenizer, _ = solver
     bare = Problem("p", PROBLEM.problem, PROBLEM.answer)
-    rows = look(model, model, tokenizer, [bare], [tokens_of(tokenizer, *WRONG[0])], [False], [0.0], CRITICS, 1.1)
+    rows = look(model, model, tokenizer, [bare], [tokens_of(tokenizer, *WRONG[0])], [False], [0.0],
+                CRITICS, 1.1)
     assert list(rows[0].advantages()) == ["partial", "full", "omit", "grpo"]
 
 
@@ -224,7 +232,7 @@ def data_of(html):
 
 @pytest.fixture(scope="module")
 def evil(rows):
-    """The page of rows one of which has markup in a token, in a context, in its problem and in a context's name."""
+    """The page of rows one of which has markup in a token, a context, its problem and a context's name."""
     bad = row(kinds="bueaa", partial=[0.1, 0.2, -4, 0, 0], **{"<b>&": [0.0] * 5})
     bad.pieces[2] = bad.contexts["partial"] = EVIL
     bad.problem = Problem("evil", EVIL, EVIL)
@@ -234,14 +242,17 @@ def evil(rows):
 def test_markup_in_a_rollout_stays_text(evil):
     data = json.loads(data_of(evil))
     shown = data["rollouts"][0]
-    assert shown["tokens"][2] == shown["contexts"]["partial"] == shown["problem"] == data["facts"]["folder"] == EVIL
-    assert "alert(1)</" not in evil and "<script>alert" not in evil and "\u2028" not in evil and "<b>" not in evil
+    assert (shown["tokens"][2] == shown["contexts"]["partial"] == shown["problem"]
+            == data["facts"]["folder"] == EVIL)
+    assert ("alert(1)</" not in evil and "<script>alert" not in evil
+            and "\u2028" not in evil and "<b>" not in evil)
     assert not set("<>&") & set(data_of(evil))
     template = advantage.TEMPLATE.read_text()
     assert [evil.count(tag) for tag in ("<script", "</script", "</style", "<!--")] == [2, 2, 2, 0]
     assert "innerHTML" not in template and "eval(" not in template and "http" not in re.sub(
         r"http-equiv|http://www.w3.org/2000/svg", "", template)
-    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in template
+    assert ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+            in template)
 
 
 def test_the_page_shows_a_rollout_of_twelve_problems_at_most():
@@ -264,7 +275,8 @@ def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
     bars = [r for r in svg.findall("s:rect", space) if r.get("class") != "card"]
     assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"above", "below"}
     widths = {kind: float(bars[5 * i].get("width")) for i, kind in enumerate(KINDS)}        # partial
-    assert widths["first wrong token"] == max(widths.values()) and any("logarithmic" in label for label in labels)
+    assert (widths["first wrong token"] == max(widths.values())
+            and any("logarithmic" in label for label in labels))
     zero, = [p for p in svg.findall("s:path", space) if p.get("class") == "zero"]
     at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
     for r in bars:
@@ -277,12 +289,14 @@ def browse(html, tmp_path, script=""):
     """The page's DOM after its scripts ran; `script` is a visitor."""
     file = tmp_path / "page.html"
     file.write_text(html + (f"<script>{script}</script>" if script else ""), encoding="utf-8")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+               "--dump-dom", file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
+                                    reason="no chromium to open the page with")
 
 
 @needs_chromium
@@ -309,24 +323,28 @@ def test_a_browser_shows_markup_as_text(evil, tmp_path):
 
 @needs_chromium
 def test_arrow_keys_move_between_tokens_and_buttons_between_rollouts(tmp_path):
-    many = [row(str(i), grpo=-float(i), partial=[0, 0, 0, -1 - i, 0, 2], ref=[0, 0.5, 0, -2, 0, 0]) for i in range(3)]
-    visitor = """
+    many = [row(str(i), grpo=-float(i), partial=[0, 0, 0, -1 - i, 0, 2], ref=[0, 0.5, 0, -2, 0, 0])
+            for i in range(3)]
+    visitor = ("""
       const seen = [], note = () => seen.push(document.activeElement.getAttribute("aria-label") ===
-        document.getElementById("readout").textContent ? document.getElementById("readout").textContent : "differs");
+        document.getElementById("readout").textContent ? """
+          """document.getElementById("readout").textContent : "differs");
       document.querySelector('[tabindex="0"]').focus(); note();
-      for (const key of ["ArrowRight", "ArrowDown", "Home", "ArrowLeft", "End", "ArrowDown", "ArrowDown", "ArrowUp"]) {
-        document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true })); note();
+      for (const key of """
+        """["ArrowRight", "ArrowDown", "Home", "ArrowLeft", "End", "ArrowDown", "ArrowDown", "ArrowUp"]) {
+        document.activeElement.dispatchEvent("""
+          """new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true })); note();
       }
       document.getElementById("before").click();
       seen.push(document.getElementById("choose").value);
-      document.documentElement.dataset.seen = JSON.stringify(seen);"""
+      document.documentElement.dataset.seen = JSON.stringify(seen);""")
     dom = browse(page(many, summarise(many), FACTS), tmp_path, visitor)
     assert "data-error" not in dom
     seen = json.loads(unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
     assert [re.match(r"(\w+), token (\d)", s).groups() for s in seen[:-1]] == [
-        ("partial", "4"), ("partial", "5"), ("ref", "5"), ("ref", "1"), ("ref", "1"), ("ref", "6"), ("grpo", "6"),
-        ("grpo", "6"), ("ref", "6")]
-    assert "A = −3.000; teacher 0.0183, student 0.368" in seen[0] and seen[-1] == "2"      # from the first to the last
+        ("partial", "4"), ("partial", "5"), ("ref", "5"), ("ref", "1"), ("ref", "1"), ("ref", "6"),
+        ("grpo", "6"), ("grpo", "6"), ("ref", "6")]
+    assert "A = −3.000; teacher 0.0183, student 0.368" in seen[0] and seen[-1] == "2"   # from first to last
 
 
 @needs_chromium
@@ -347,13 +365,15 @@ def run(capsys, monkeypatch, *args):
 def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tmp_path):
     files = [tmp_path / f"a.{name}" for name in ("json", "html", "svg")]
     options = ["--problems", 6, "--samples", 4, "--seed", 3]
-    status, out, err = run(capsys, monkeypatch, *options, *[x for f in files for x in (f"--{f.suffix[1:]}", f)])
+    status, out, err = run(capsys, monkeypatch, *options,
+                           *[x for f in files for x in (f"--{f.suffix[1:]}", f)])
     assert status == 0 and err == ""
     numbers = json.loads(files[0].read_text())
     assert (numbers["problems"], numbers["samples"], numbers["split"], numbers["seed"]) == (6, 4, "val", 3)
     assert list(numbers["contexts"]) == ["partial", "full", "omit", "ref", "grpo"]
     partial = numbers["contexts"]["partial"]
-    assert partial["first wrong token"]["mean"] < -2 and partial["first wrong token"]["tokens"] == numbers["wrong"]
+    assert (partial["first wrong token"]["mean"] < -2
+            and partial["first wrong token"]["tokens"] == numbers["wrong"])
     for name, of in numbers["contexts"].items():
         line, = [line for line in out.splitlines() if line.startswith(name + " ")]
         assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
@@ -364,8 +384,8 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
 
 @pytest.mark.parametrize("args, fact", [
     (["nowhere"], "nowhere"), (["--teacher", "nowhere"], "nowhere"), (["--samples", "1"], "--samples"),
-    (["--temperature", "0"], "--temperature"), (["--problems", "0"], "--problems"), (["--split", "all"], "--split"),
-    (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
+    (["--temperature", "0"], "--temperature"), (["--problems", "0"], "--problems"),
+    (["--split", "all"], "--split"), (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
 ])
 def test_what_cannot_be_done_is_said_in_a_sentence(args, fact, capsys, monkeypatch):
     status, out, err = run(capsys, monkeypatch, *args)

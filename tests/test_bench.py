@@ -27,16 +27,18 @@ def test_every_part_is_timed_and_split(small, tmp_path, capsys):
     assert tuple(results) == bench.PARTS
     for name in bench.PARTS[1:]:
         seconds = results[name]["seconds"].values()
-        assert seconds and all(s > 0 for s in seconds) and results[name]["peak bytes"] > 2 ** 26 and f"\n{name} " in table
-    assert list(results["critique"]["seconds"]) == ["sample", "critic", "teacher", "student forward", "loss and backward",
-                                                    "optimiser"]
+        assert (seconds and all(s > 0 for s in seconds) and results[name]["peak bytes"] > 2 ** 26
+                and f"\n{name} " in table)
+    assert list(results["critique"]["seconds"]) == [
+        "sample", "critic", "teacher", "student forward", "loss and backward", "optimiser"]
     assert "teacher" not in results["grpo"]["seconds"] and "critic" not in results["ref"]["seconds"]
 
 
 def test_transformers_is_measured_in_turns_on_the_same_tokens(small, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     order, measure = [], bench.measure
-    monkeypatch.setattr(bench, "in_a_process", lambda args, name: (order.append(name), measure(args, name))[1])
+    monkeypatch.setattr(bench, "in_a_process",
+                        lambda args, name: (order.append(name), measure(args, name))[1])
     assert bench.main([*SMALL, "--parts", "generation", "--peer", "transformers"]) == 0
     assert order == ["machine", "generation", "transformers generation"] * 2
 
@@ -44,7 +46,8 @@ def test_transformers_is_measured_in_turns_on_the_same_tokens(small, tmp_path, m
 def test_a_peer_that_is_not_installed_is_told_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main(["--peer", "trl"]) == 2
-    assert capsys.readouterr().err == "sd.bench: --peer trl is not installed here; pip install trl, or leave it out\n"
+    assert capsys.readouterr().err == (
+        "sd.bench: --peer trl is not installed here; pip install trl, or leave it out\n")
 
 
 def test_a_part_that_fails_says_why_in_one_line():

@@ -57,7 +57,8 @@ def ahead(base):
     """name -> (folder, result)"""
     jobs = {"grpo": ["--cond", "grpo"], "ref": ["--cond", "ref"], "critique": ["--cond", "critique"],
             "again": ["--cond", "critique"], "seed 1": ["--cond", "critique", "--seed", "1"]}
-    return {name: (base / name, command("train.py", *args, *SHORT, "--out", base / name)) for name, args in jobs.items()}
+    return {name: (base / name, command("train.py", *args, *SHORT, "--out", base / name))
+            for name, args in jobs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,13 @@ def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
     folder, result = runs[cond]
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best", "config.json", "last", "metrics.jsonl", "report.html", "rollouts.jsonl", "state-1.safetensors", "state-2.safetensors"]
+        "best", "config.json", "last", "metrics.jsonl", "report.html", "rollouts.jsonl",
+        "state-1.safetensors", "state-2.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["cond"], config["steps"], config["lr"], config["out"]) == (cond, 2, 1e-3, str(folder))
     trained = [row for row in rows(folder) if "loss" in row]
-    assert [row["step"] for row in trained] == [1, 2] and all(np.isfinite(list(row.values())).all() for row in trained)
+    assert ([row["step"] for row in trained] == [1, 2]
+            and all(np.isfinite(list(row.values())).all() for row in trained))
     assert trained[-1]["rollouts"] == (64 if cond == "grpo" else 8)
     rollouts = rows(folder, "rollouts.jsonl")
     assert len(rollouts) == 8 and all(("critique" in row) == (cond == "critique") for row in rollouts)
@@ -90,7 +93,8 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
     validated = [(row["step"], row["val_avg@1"]) for row in rows(folder) if "val_avg@1" in row]
     assert [step for step, _ in validated] == [0, 1, 2]
     step, avg = max(validated, key=lambda row: (row[1], -row[0]))       # the first of equals
-    assert metadata(folder / "best")["step"] == str(step) and float(metadata(folder / "best")["val_avg"]) == avg
+    assert (metadata(folder / "best")["step"] == str(step)
+            and float(metadata(folder / "best")["val_avg"]) == avg)
     source = {0: EMBEDDED, 2: folder / "last"}.get(step)
     if source:
         same, best = load_file(source / "model.safetensors"), load_file(folder / "best/model.safetensors")
@@ -188,7 +192,8 @@ def test_eval_of_several_checkpoints_gives_mean_and_spread(runs, here, tmp_path)
 @pytest.mark.parametrize("name, fact", [
     ("missing folder", "no config.json"), ("no config", "no config.json"), ("no tokenizer", "tokenizer.json"),
     ("heads", "num_key_value_heads"), ("scaled positions", "rotary"), ("epsilon", "rms_norm_eps"),
-    ("truncated", "model.safetensors"), ("wrong shape", "model.norm.weight"), ("missing tensor", "model.norm.weight"),
+    ("truncated", "model.safetensors"), ("wrong shape", "model.norm.weight"),
+    ("missing tensor", "model.norm.weight"),
 ])
 def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, here):
     folder, kept = broken(tmp_path, name), tmp_path / "kept.json"
@@ -197,18 +202,23 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
             str(folder), fact)
     refused(here("eval.py", folder, "--samples", 1, "--json", kept), str(folder), fact)
     if name == "truncated":     # once more as the user does it
-        refused(command("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"), fact)
+        refused(command("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"),
+                fact)
     assert not (tmp_path / "out").exists() and kept.read_text() == "old"
 
 
 @pytest.mark.parametrize("args, fact", [
     (["train.py", "--cond", "other"], "--cond"), (["train.py"], "--cond"),
     (["train.py", "--cond", "ref", "--nonsense", "1"], "--nonsense"),
-    (["train.py", "--cond", "ref", "--lr", "-1"], "--lr"), (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"),
-    (["train.py", "--cond", "ref", "--steps", "-1"], "--steps"), (["train.py", "--cond", "grpo", "--group", "1"], "--group"),
+    (["train.py", "--cond", "ref", "--lr", "-1"], "--lr"),
+    (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"),
+    (["train.py", "--cond", "ref", "--steps", "-1"], "--steps"),
+    (["train.py", "--cond", "grpo", "--group", "1"], "--group"),
     (["train.py", "--cond", "ref", "--divergence", "jsd", "--beta", "1"], "--beta"),
-    (["train.py", "--cond", "ref", "--device", "cpu:1"], "--device"), (["eval.py", "--device", "mps"], "--device"),
-    (["train.py", "--cond", "ref", "--device", "cuda:99"], "--device"), (["train.py", "--cond", "ref", "--seed", "9" * 20], "--seed"),
+    (["train.py", "--cond", "ref", "--device", "cpu:1"], "--device"),
+    (["eval.py", "--device", "mps"], "--device"),
+    (["train.py", "--cond", "ref", "--device", "cuda:99"], "--device"),
+    (["train.py", "--cond", "ref", "--seed", "9" * 20], "--seed"),
     (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
     (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
@@ -247,19 +257,21 @@ def no_space(size):
 def test_without_disk_space_training_says_so_and_leaves_no_half_file(tmp_path):
     result = command("train.py", "--cond", "ref", *SHORT, "--out", tmp_path / "out", before=no_space(100_000))
     refused(result, ".safetensors", "cannot be written")
-    assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out/best/model.safetensors").exists()
+    assert (not list((tmp_path / "out").rglob("*.tmp"))
+            and not (tmp_path / "out/best/model.safetensors").exists())
 
 
 def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
     file = tmp_path / "numbers.json"
     file.write_text("old")
-    refused(command("eval.py", "--split", "val", "--samples", 1, "--json", file, before=no_space(64)), str(file))
+    refused(command("eval.py", "--split", "val", "--samples", 1, "--json", file, before=no_space(64)),
+            str(file))
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
 
 
 @pytest.mark.parametrize("cond", ["ref", "grpo"])
 def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
-    """Under grpo all rewards are 0, so the loss is 0 and finite: the run went on to its end as if nothing was wrong."""
+    """Under grpo all rewards are 0, so the loss is 0 and finite: the run ended as if nothing was wrong."""
     folder = broken(tmp_path, "nan")
     result = here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
@@ -271,20 +283,22 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
 
 
 def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
-    """A prompt with room for the student's tokens alone, and a problem that the symbolic critic cannot read."""
-    for cond, problem, told in (("ref", "1" * 430, "433 tokens"), ("critique", "7*8*9", "the symbolic critic cannot read it")):
+    """A prompt with room for the student's tokens alone, and a problem the symbolic critic cannot read."""
+    for cond, problem, told in (("ref", "1" * 430, "433 tokens"),
+                                ("critique", "7*8*9", "the symbolic critic cannot read it")):
         row = json.dumps({"problem": problem, "answer": "1", "solution": "1"}) + "\n"
         for split in ("data", "val"):
             (tmp_path / split).write_text(row)
-        refused(here("train.py", "--cond", cond, "--batch", 1, "--data", tmp_path / "data", "--val", tmp_path / "val", "--out",
-                     tmp_path / "out"), told)
+        refused(here("train.py", "--cond", cond, "--batch", 1, "--data", tmp_path / "data",
+                     "--val", tmp_path / "val", "--out", tmp_path / "out"), told)
         assert not (tmp_path / "out").exists()
-    refused(here("train.py", "--cond", "critique", "--critic", "self", "--out", tmp_path / "out"), "lacks the control token")
+    refused(here("train.py", "--cond", "critique", "--critic", "self", "--out", tmp_path / "out"),
+            "lacks the control token")
 
 
 def test_a_diverging_run_names_the_step(tmp_path, here):
-    result = here("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4, "--lr", "1e30",
-                     "--out", tmp_path / "out")
+    result = here("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4,
+                  "--lr", "1e30", "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     step = int(re.match(r"train\.py: step (\d): ", result.stderr)[1])
     assert 2 <= step <= 5

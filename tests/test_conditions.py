@@ -1,4 +1,4 @@
-"""The loss of a batch against a dense version with (B, T, V) logits and masks: values, gradients, what they teach."""
+"""A batch's loss against a dense one with (B, T, V) logits and masks: values, gradients, what they teach."""
 import pytest
 import torch
 
@@ -14,7 +14,8 @@ EOS, BETA, TEMPERATURE = 2, 0.3, 1.4
 PROMPTS = [[5, 1, 7], [5, 9], [5, 3, 3, 8, 1, 6], [5, 1, 7], [5, 4, 10, 1]]
 COMPLETIONS = [[4, 6, EOS], [9, 9, 1, 8, 3, 7, EOS], [EOS], [3, 10, 1, 1, 6], [8, EOS]]
 CONTEXTS = [[6, 6, 1, 8], [3], [10, 9, 8, 7, 6, 4, 3, 1, 1], [4, 4], [7, 8, 3, 1, 9, 6]]
-TEACHER_PROMPTS = [prompt[:-1] + context + prompt[-1:] for prompt, context in zip(PROMPTS, CONTEXTS)]   # all longer
+TEACHER_PROMPTS = [prompt[:-1] + context + prompt[-1:]          # all longer
+                   for prompt, context in zip(PROMPTS, CONTEXTS)]
 TOLD = {name: Feedback(teacher_prompts=TEACHER_PROMPTS) for name in DIVERGENCES}
 TOLD["grpo"] = Feedback(advantages=[1.5, -0.5, 0.7, 0.0, -1.2])
 
@@ -31,27 +32,30 @@ def run(name, student, teacher, told=None, prompts=PROMPTS, completions=COMPLETI
     """Loss and gradients of `accumulate`."""
     student.zero_grad()
     value = accumulate(student, teacher, prompts, completions, told or TOLD[name], Config(
-        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, micro_batch=micro_batch), sum(map(len, completions)))
+        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE,
+        micro_batch=micro_batch), sum(map(len, completions)))
     return value, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
 
 
 def dense_logp(model, prompts):
-    """(B, T-1, V) log-probabilities of the next token, the mask (B, T-1) of completions, and the next tokens."""
+    """(B, T-1, V) log-probabilities of the next token, the mask (B, T-1) of completions, the next tokens."""
     width = max(len(p) + len(c) for p, c in zip(prompts, COMPLETIONS))
     ids = torch.tensor([(p + c + [9] * width)[:width] for p, c in zip(prompts, COMPLETIONS)])
     start, end = (torch.tensor([[len(p) + n * len(c)] for p, c in zip(prompts, COMPLETIONS)]) for n in (0, 1))
     predicted = torch.arange(1, width)                              # position i predicts token i + 1
-    return (model(ids)[:, :-1] / TEMPERATURE).log_softmax(-1), (predicted >= start) & (predicted < end), ids[:, 1:]
+    return ((model(ids)[:, :-1] / TEMPERATURE).log_softmax(-1), (predicted >= start) & (predicted < end),
+            ids[:, 1:])
 
 
 def dense(name, student, teacher):
     """The same as `run`, all rows at once and without care for memory."""
     logp, mask, ids = dense_logp(student, PROMPTS)
     teacher_logp, teacher_mask, _ = dense_logp(teacher, TEACHER_PROMPTS)
-    log_p, log_q = logp[mask], teacher_logp[teacher_mask].detach()                                      # (M, V)
+    log_p, log_q = logp[mask], teacher_logp[teacher_mask].detach()                                  # (M, V)
     p, q, token = log_p.exp(), log_q.exp(), log_p.gather(1, ids[mask][:, None])
-    middle, surprise = (BETA * q + (1 - BETA) * p).log(), (log_p - log_q).gather(1, ids[mask][:, None]).detach()
-    rewarded = torch.tensor(TOLD["grpo"].advantages)[:, None].expand(mask.shape)[mask][:, None]         # (M, 1)
+    middle, surprise = ((BETA * q + (1 - BETA) * p).log(),
+                        (log_p - log_q).gather(1, ids[mask][:, None]).detach())
+    rewarded = torch.tensor(TOLD["grpo"].advantages)[:, None].expand(mask.shape)[mask][:, None]     # (M, 1)
     loss = {"forward": q * (log_q - log_p), "reverse": p * (log_p - log_q), "sampled": surprise * token,
             "jsd": BETA * q * (log_q - middle) + (1 - BETA) * p * (log_p - middle),
             "grpo": -rewarded * token}[name].sum() / mask.sum()
@@ -66,7 +70,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("name", TOLD)
 @pytest.mark.parametrize("kind", ["base", "live"])
 def test_loss_and_gradient_equal_the_dense_version_for_any_micro_batch(name, kind):
-    """`live` scores with the student's own weights; the dense version detaches them: the teacher gets no gradient."""
+    """`live` scores by the student's weights, detached in the dense version: the teacher gets no gradient."""
     student = tiny(0)
     teacher = Teacher(kind, student if kind == "live" else tiny(8), 0)
     expected = dense(name, student, teacher.model)
@@ -77,14 +81,16 @@ def test_loss_and_gradient_equal_the_dense_version_for_any_micro_batch(name, kin
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_without_a_context_the_teacher_teaches_nothing(name):
-    value, gradients = run(name, student := tiny(0), Teacher("base", student, 0), Feedback(teacher_prompts=PROMPTS))
+    value, gradients = run(name, student := tiny(0), Teacher("base", student, 0),
+                           Feedback(teacher_prompts=PROMPTS))
     assert value == pytest.approx(0, abs=1e-6) and all(g.abs().max() < 1e-6 for g in gradients)
 
 
 def test_equal_rewards_give_no_gradient_but_their_tokens_count():
     student = tiny(0)
-    advantages, prompts, completions = (x[:3] + x[4:] for x in (TOLD["grpo"].advantages, PROMPTS, COMPLETIONS))
-    alone = run("grpo", student, None, Feedback(advantages), prompts, completions)         # without the row of zero
+    advantages, prompts, completions = (x[:3] + x[4:]
+                                        for x in (TOLD["grpo"].advantages, PROMPTS, COMPLETIONS))
+    alone = run("grpo", student, None, Feedback(advantages), prompts, completions)  # without the row of zero
     share = sum(map(len, completions)) / sum(map(len, COMPLETIONS))
     assert_same(run("grpo", student, None), (share * alone[0], [share * g for g in alone[1]]))
     assert_same(run("grpo", student, None, Feedback([0.0] * len(PROMPTS))), (0, [0 * g for g in alone[1]]))
@@ -92,14 +98,15 @@ def test_equal_rewards_give_no_gradient_but_their_tokens_count():
 
 @pytest.mark.parametrize("name", ["grpo", "forward"])
 def test_the_end_of_a_sampled_rollout_is_learned(name):
-    """If EOS is dropped from the rollout, or masked as though it were a pad, the student never learns to stop."""
+    """If EOS is dropped from the rollout, or masked like a pad, the student never learns to stop."""
     student, teacher, prompt, longer = tiny(0), Teacher("base", tiny(5), 0), PROMPTS[2], TEACHER_PROMPTS[2]
     told = Feedback(advantages=[1.0]) if name == "grpo" else Feedback(teacher_prompts=[longer])
     out = sample(student, [prompt], EOS, 9, TEMPERATURE, 200, uniforms(200, 9, 0))
     ended = out.completions()[[n == 4 and not cut for n, cut in zip(out.lengths, out.truncated)].index(True)]
 
     def p_eos(model, prompt):
-        return (model(torch.tensor([prompt + ended])) / TEMPERATURE).softmax(-1)[0, len(prompt) + 2, EOS].item()
+        return ((model(torch.tensor([prompt + ended])) / TEMPERATURE)
+                .softmax(-1)[0, len(prompt) + 2, EOS].item())
 
     before, target = p_eos(student, prompt), 1.0 if name == "grpo" else p_eos(teacher.model, longer)
     assert abs(before - target) > 0.1       # the test's own premise

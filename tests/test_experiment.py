@@ -1,4 +1,4 @@
-"""The experiments' own parts: references that move away from the solver, intervals, tables from stored results."""
+"""The experiments' own parts: references moving away from the solver, intervals, tables of stored results."""
 import json
 import re
 from dataclasses import asdict
@@ -19,7 +19,8 @@ PROBLEMS = embedded("val")
 def facts(text):
     """(left, sign, right, value) of every equation in words or symbols."""
     found = re.findall(r"(\d+)(\*|\+| multiplied by | plus )(\d+)(?:=| makes | gives )(\d+)", text)
-    return [(int(a), "*" if sign in ("*", " multiplied by ") else "+", int(b), int(v)) for a, sign, b, v in found]
+    return [(int(a), "*" if sign in ("*", " multiplied by ") else "+", int(b), int(v))
+            for a, sign, b, v in found]
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
@@ -27,14 +28,16 @@ def test_every_reference_is_true_and_says_the_answer(kind):
     for p in PROBLEMS:
         text = reference(p, kind)
         assert facts(text) and all(v == (a * b if sign == "*" else a + b) for a, sign, b, v in facts(text))
-        assert p.answer == (parse(text).answer.text if kind == "same" else re.search(r"so (\d+) is correct$", text)[1])
+        assert p.answer == (parse(text).answer.text if kind == "same" else
+                            re.search(r"so (\d+) is correct$", text)[1])
 
 
 def test_references_move_away_from_the_solver_in_order_wording_and_decomposition():
     own = {p.id: [(a, b) for a, b in re.findall(r"(\d+)\*(\d+)", p.problem)] for p in PROBLEMS}
-    order = {kind: [[(str(a), str(b)) for a, sign, b, _ in facts(reference(p, kind)) if sign == "*"] == own[p.id]
-                    for p in PROBLEMS] for kind in REFERENCES}
-    assert all(order["same"]) and all(order["worded"]) and not any(order["reordered"]) and not any(order["decomposed"])
+    order = {kind: [[(str(a), str(b)) for a, sign, b, _ in facts(reference(p, kind)) if sign == "*"]
+                    == own[p.id] for p in PROBLEMS] for kind in REFERENCES}
+    assert (all(order["same"]) and all(order["worded"])
+            and not any(order["reordered"]) and not any(order["decomposed"]))
     assert 0.4 < np.mean(order["half"]) < 0.8           # its own order half of the time, else random of six
     assert all("=" in reference(p, "same") and "=" not in reference(p, "worded") for p in PROBLEMS)
     assert all(len(facts(reference(p, "decomposed"))) == 9 for p in PROBLEMS)
@@ -43,7 +46,8 @@ def test_references_move_away_from_the_solver_in_order_wording_and_decomposition
 def test_the_interval_is_the_textbooks_for_one_seed_and_wider_when_seeds_differ():
     values = np.random.default_rng(1).normal(50, 10, (1, 400))
     low, high = interval(values)
-    assert (low, high) == pytest.approx((values.mean() - 0.98, values.mean() + 0.98), abs=0.2)      # 1.96 * 10 / sqrt(400)
+    # 0.98 = 1.96 * 10 / sqrt(400)
+    assert (low, high) == pytest.approx((values.mean() - 0.98, values.mean() + 0.98), abs=0.2)
     low, high = interval(np.concatenate([values - 20, values, values + 20]))
     assert high - low > 20
 
@@ -61,7 +65,8 @@ def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
         stored(tmp_path / f"ref-{seed}", [0.25 + shift, 0.5], 32)
         stored(tmp_path / f"critique-{seed}", [0.5 + shift, 0.75], 32)
     result = summary(tmp_path, ["ref", "critique"], 2)
-    assert table(result) == table(json.loads(json.dumps(result))) == table(summary(tmp_path, ["ref", "critique"], 2))
+    assert (table(result) == table(json.loads(json.dumps(result)))
+            == table(summary(tmp_path, ["ref", "critique"], 2)))
     # by hand: ref 37.5 and 50, critique 62.5 and 75; sample standard deviation 12.5 / sqrt(2)
     assert "| ref | 43.8 ± 8.8 |" in table(result) and "| critique | 68.8 ± 8.8 |" in table(result)
     assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in table(result)
@@ -69,12 +74,14 @@ def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
 
 def test_the_figure_shows_what_was_measured():
     """Heights are linear in Avg, distances from left to right logarithmic in the divergence."""
-    measured = {"ref same": (0.01, 90.0), "ref half": (0.1, 50.0), "ref decomposed": (1.0, 10.0), "critique": (0.1, 70.0)}
+    measured = {"ref same": (0.01, 90.0), "ref half": (0.1, 50.0), "ref decomposed": (1.0, 10.0),
+                "critique": (0.1, 70.0)}
     result = {"arms": {name: {"avg@12": [avg - 5, avg + 5]} for name, (_, avg) in measured.items()} |
               {"grpo": {"avg@12": [60.0, 60.0]}}, "distance": {name: d for name, (d, _) in measured.items()}}
     svg = figure(result)
     ElementTree.fromstring(svg)
-    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = [tuple(map(float, at)) for at in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = [tuple(map(float, at))
+                                              for at in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
     assert x1 - x0 == pytest.approx(x2 - x1) and x1 == x3 and x0 < x1
     assert y1 - y0 == pytest.approx(y2 - y1) and y3 == pytest.approx((y0 + y1) / 2) and y0 < y1
     assert all(f">{name}</text>" in svg for name in ("same", "half", "decomposed", "critique", "grpo"))
@@ -89,7 +96,8 @@ def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp
             folder.mkdir(exist_ok=True)
             (folder / "test.json").write_text(json.dumps({"avg@12": {"mean": 1.0}}))
     monkeypatch.setattr(experiment, "started", started)
-    for name, files in (("new", []), ("killed early", ["config.json"]), ("killed", ["config.json", "state-3.safetensors"])):
+    for name, files in (("new", []), ("killed early", ["config.json"]),
+                        ("killed", ["config.json", "state-3.safetensors"])):
         folder = tmp_path / name
         for file in files:
             folder.mkdir(exist_ok=True)
@@ -104,16 +112,19 @@ def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp
         assert len(commands) == count
 
 
-def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are_the_same(tmp_path, monkeypatch):
+def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are_the_same(
+        tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "started", lambda command, threads: pytest.fail(str(command)))
     made = tmp_path / "main/ref-0"
     stored(made, [0.5], 32)
-    (made / "config.json").write_text(json.dumps(asdict(Config(cond="ref", steps=2, keep=True, out="somewhere"))))
+    (made / "config.json").write_text(json.dumps(asdict(
+        Config(cond="ref", steps=2, keep=True, out="somewhere"))))
     run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, ["--steps", "2"])
     assert (tmp_path / "teacher/ref-base-0/test.json").read_text() == (made / "test.json").read_text()
-    with pytest.raises(UserError, match="made with other options"):            # not passed off as the experiment asked for
+    with pytest.raises(UserError, match="made with other options"):     # not passed off as the one asked for
         run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, [])
-    for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0), (["--cond", "critique"], 0)):
+    for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0),
+                          (["--cond", "critique"], 0)):
         with pytest.raises(pytest.fail.Exception):
             run(tmp_path / "teacher/other", options, seed, 1, ["--steps", "2"])
 
@@ -138,6 +149,6 @@ def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
         assert exact.wrong == noisy.wrong == 0
         first, *_ = facts(noisy.text)
         wrong, total = wrong + (first[3] != a * b), total + 1
-        assert parse(noisy.text).answer.text == str(first[3] + c * d + e * f)       # the error is carried to the end
+        assert parse(noisy.text).answer.text == str(first[3] + c * d + e * f)   # carries the error to the end
         assert parse(exact.text).answer.text == p.answer
     assert wrong / total == pytest.approx(0.3, abs=0.15)

@@ -1,4 +1,4 @@
-"""Nothing that comes from a stranger is run, printed raw, or able to break a parser: data, checkpoints, model output."""
+"""Nothing from a stranger is run, printed raw, or able to break a parser: data, checkpoints, model output."""
 import ast
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def imported(tree):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_source_file_can_run_what_it_reads(path):
-    """No pickle, eval, exec or shell; the network for the critic's URL alone; other processes only from lists of words."""
+    """No pickle, eval, exec, shell; network only to the critic's URL; processes only from lists of words."""
     tree = ast.parse(path.read_text())
     tops = {name.split(".")[0] for name in imported(tree)}
     assert not tops & FORBIDDEN
@@ -38,16 +38,18 @@ def test_no_source_file_can_run_what_it_reads(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            owner = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
+            owner = (node.func.value.id if isinstance(node.func, ast.Attribute)
+                     and isinstance(node.func.value, ast.Name) else "")
             assert name not in CALLS or owner in ("re", "torch"), f"{path.name}:{node.lineno} {owner}.{name}"
             assert (owner, name) not in {("torch", "load"), ("torch", "save")}, f"{path.name}:{node.lineno}"
             assert not any(k.arg == "shell" for k in node.keywords), f"{path.name}:{node.lineno}"
             assert not any(k.arg == "allow_pickle" for k in node.keywords), f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("entry", [{"hidden_size": 10 ** 12}, {"num_hidden_layers": 2 ** 30}, {"vocab_size": 2 ** 30,
-                                   "hidden_size": 2 ** 20}, {"intermediate_size": -1}, {"head_dim": "\x1b[31m"},
-                                   {"model_type": "\x1b]0;x\x07"}, {"rope_theta": float("nan")}])
+@pytest.mark.parametrize("entry", [
+    {"hidden_size": 10 ** 12}, {"num_hidden_layers": 2 ** 30},
+    {"vocab_size": 2 ** 30, "hidden_size": 2 ** 20}, {"intermediate_size": -1}, {"head_dim": "\x1b[31m"},
+    {"model_type": "\x1b]0;x\x07"}, {"rope_theta": float("nan")}])
 def test_absurd_sizes_in_a_config_are_refused_before_anything_is_allocated(tmp_path, entry):
     raw = json.loads((EMBEDDED / "config.json").read_text()) | entry
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -56,7 +58,8 @@ def test_absurd_sizes_in_a_config_are_refused_before_anything_is_allocated(tmp_p
     assert "\x1b" not in str(error.value) and str(error.value).count("\n") == 0
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 100_000, "null", "[]", "\x00", '{"model_type": {}}', "1e999"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 100_000, "null", "[]", "\x00", '{"model_type": {}}',
+                                  "1e999"])
 def test_a_config_that_is_none_is_told(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     for read in (lambda: read_config(tmp_path), lambda: read_run(tmp_path / "config.json")):
@@ -69,8 +72,8 @@ def test_terminal_escapes_in_an_id_are_never_printed_raw(tmp_path, monkeypatch, 
     row = {"id": "\x1b[2J\x1b]0;owned\x07", "problem": "7*8 " * 300, "answer": "1"}
     for name in ("data", "val"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    monkeypatch.setattr("sys.argv", ["train.py", "--cond", "grpo", "--data", str(tmp_path / "data.jsonl"), "--val",
-                                     str(tmp_path / "val.jsonl"), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["train.py", "--cond", "grpo", "--data", str(tmp_path / "data.jsonl"),
+                                     "--val", str(tmp_path / "val.jsonl"), "--out", str(tmp_path / "out")])
     assert train.main() == 2
     shown = "".join(capsys.readouterr())
     assert "\x1b" not in shown and "\x07" not in shown and shown.strip() and not (tmp_path / "out").exists()
@@ -81,9 +84,10 @@ def test_a_path_in_an_id_writes_no_file_outside_the_run(tmp_path, monkeypatch):
     rows = [p.__dict__ | {"id": f"../../{p.id}/../x\x00"[:-1]} for p in embedded("train")[:8]]
     for name in ("data", "val"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("sys.argv", ["train.py", "--cond", "ref", "--data", str(tmp_path / "data.jsonl"), "--val",
-                                     str(tmp_path / "val.jsonl"), "--out", str(tmp_path / "in" / "out"), "--batch", "4",
-                                     "--steps", "1", "--eval-samples", "1"])
+    monkeypatch.setattr("sys.argv", ["train.py", "--cond", "ref", "--data", str(tmp_path / "data.jsonl"),
+                                     "--val", str(tmp_path / "val.jsonl"),
+                                     "--out", str(tmp_path / "in" / "out"), "--batch", "4", "--steps", "1",
+                                     "--eval-samples", "1"])
     assert train.main() == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "in", "val.jsonl"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["out"]
@@ -93,8 +97,9 @@ def test_parsers_survive_2000_random_inputs_each(tmp_path):
     """Text made of the parsers' own words and of anything else: no exception that is not ours."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
-    words = st.sampled_from(["<step_1>", "</step_1>", "<step_2>", "</step_9999>", "<answer>", "</answer>", "7*8=56", "56+54=110",
-                             "7 times 8 is 56", "<step_", ">", "\n", " ", "\x00", "\ud7ff", "<|im_start|>", "correct", "9" * 30])
+    words = st.sampled_from(["<step_1>", "</step_1>", "<step_2>", "</step_9999>", "<answer>", "</answer>",
+                             "7*8=56", "56+54=110", "7 times 8 is 56", "<step_", ">", "\n", " ", "\x00",
+                             "\ud7ff", "<|im_start|>", "correct", "9" * 30])
     texts = st.one_of(st.text(max_size=80), st.lists(words, max_size=12).map("".join))
     problem = Problem("p", "7*8 + 6*9 + 3*4", "122")
     options = hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
@@ -117,7 +122,8 @@ def test_parsers_survive_2000_random_inputs_each(tmp_path):
         assert critique.case in tuple("ABCD") and parse(critique.text).answer is not None
 
     @options
-    @hypothesis.given(st.binary(max_size=200) | texts.map(lambda t: json.dumps({"problem": t, "answer": t}).encode()))
+    @hypothesis.given(st.binary(max_size=200)
+                      | texts.map(lambda t: json.dumps({"problem": t, "answer": t}).encode()))
     def problems(data):
         (tmp_path / "p.jsonl").write_bytes(data)
         try:
@@ -125,13 +131,15 @@ def test_parsers_survive_2000_random_inputs_each(tmp_path):
         except UserError as error:
             assert str(error).isprintable()
 
-    values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-                          max_leaves=4)
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        max_leaves=4)
     good = json.loads((EMBEDDED / "config.json").read_text())
 
     @options
-    @hypothesis.given(st.dictionaries(st.sampled_from([*good, "rope_scaling", "rope_parameters", "layer_types"]), values, max_size=3))
+    @hypothesis.given(st.dictionaries(
+        st.sampled_from([*good, "rope_scaling", "rope_parameters", "layer_types"]), values, max_size=3))
     def configs(entries):
         (tmp_path / "config.json").write_text(json.dumps(good | entries))
         try:

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from sd import losses
-from sd.losses import forward_kl, group_advantages, jsd, log_probs, of_token, policy_gradient, reverse_kl, sampled_token
+from sd.losses import (forward_kl, group_advantages, jsd, log_probs, of_token, policy_gradient, reverse_kl,
+                       sampled_token)
 
-ID = torch.tensor([0])                              # forward, reverse and jsd look at the whole vocabulary, not at ids
-LOGITS = torch.tensor([[0.3, -1.2, 2.0, 0.7]])      # the student's, one token, V = 4
-OTHER = torch.tensor([[1.1, 0.4, -0.5, 0.2]])       # the teacher's
+ID = torch.tensor([0])                          # forward, reverse and jsd take the whole vocabulary, not ids
+LOGITS = torch.tensor([[0.3, -1.2, 2.0, 0.7]])  # the student's, one token, V = 4
+OTHER = torch.tensor([[1.1, 0.4, -0.5, 0.2]])   # the teacher's
 
 
 def logs(*probabilities):
@@ -55,7 +56,7 @@ def test_jsd_tends_to_zero_at_its_ends_and_not_to_the_kls():
     student, teacher = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
     for beta in (1e-5, 1 - 1e-5):
         assert jsd(student, teacher, ID, beta).item() == pytest.approx(0, abs=1e-4)
-    one_sided = losses.divergence("jsd", 0.1)(student, teacher, ID)     # beta reaches jsd, and weighs the teacher
+    one_sided = losses.divergence("jsd", 0.1)(student, teacher, ID)  # beta reaches jsd and weighs the teacher
     assert one_sided.item() == pytest.approx(jsd(teacher, student, ID, 0.9).item(), abs=1e-6)
     assert one_sided.item() != pytest.approx(jsd(student, teacher, ID, 0.9).item(), abs=1e-3)
 
@@ -64,7 +65,8 @@ def test_jsd_tends_to_zero_at_its_ends_and_not_to_the_kls():
 def test_temperature_divides_both_logits(temperature):
     p, q = softmax(LOGITS, temperature), softmax(OTHER, temperature)
     loss = forward_kl(log_probs(LOGITS, temperature), log_probs(OTHER, temperature), ID)
-    assert loss.item() == pytest.approx(sum(b * log(b / a) for a, b in zip(p[0].tolist(), q[0].tolist())), abs=1e-6)
+    assert loss.item() == pytest.approx(sum(b * log(b / a) for a, b in zip(p[0].tolist(), q[0].tolist())),
+                                        abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -83,7 +85,8 @@ def test_gradients_are_the_formulas(temperature):
 def test_sampled_token_has_the_reverse_kl_gradient_in_expectation(temperature):
     """With the vocabulary-summed KL in the advantage's place the expectation would be zero."""
     p = softmax(LOGITS, temperature)[0]
-    expected = sum(p[v] * gradient(lambda s, t: sampled_token(s, t, torch.tensor([v])), temperature) for v in range(4))
+    expected = sum(p[v] * gradient(lambda s, t: sampled_token(s, t, torch.tensor([v])), temperature)
+                   for v in range(4))
     torch.testing.assert_close(expected, gradient(lambda s, t: reverse_kl(s, t, ID), temperature))
 
 
@@ -108,11 +111,12 @@ def test_low_precision_logits_are_computed_in_float32():
     logits = (torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
     out = log_probs(logits, 1.1)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), torch.log_softmax(logits.double() / 1.1, -1), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(out.double(), torch.log_softmax(logits.double() / 1.1, -1),
+                               atol=2e-6, rtol=1e-6)
 
 
 def test_group_advantages_by_hand_and_zero_for_equal_rewards():
     out = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]]))
     assert out.flatten().tolist() == pytest.approx([0.75 / sqrt(3 / 16), *[-0.25 / sqrt(3 / 16)] * 3,
                                                     *[0.0] * 8, 1, -1, 1, -1], abs=1e-6)
-    assert group_advantages(torch.full((1, 8), 0.1)).abs().max() == 0       # its float32 standard deviation is not 0
+    assert group_advantages(torch.full((1, 8), 0.1)).abs().max() == 0   # its float32 deviation is not 0

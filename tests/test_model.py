@@ -1,4 +1,4 @@
-"""The model against a second, naive forward pass: double precision, one head at a time, rotation as complex numbers."""
+"""The model against a naive forward pass: double precision, head by head, rotation as complex numbers."""
 import json
 from dataclasses import asdict, replace
 from shutil import copy
@@ -10,12 +10,12 @@ from sd.checkpoint import EMBEDDED, load, save_model
 from sd.lora import plain_weights
 from sd.model import Cache, ModelConfig, Transformer
 
-QWEN3 = ModelConfig(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-                    num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-6, rope_theta=500.0, max_position_embeddings=64,
-                    qk_norm=True)                                           # heads of 10, not 24 / 6
+QWEN3 = ModelConfig(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                    num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-6,
+                    rope_theta=500.0, max_position_embeddings=64, qk_norm=True)     # heads of 10, not 24 / 6
 QWEN2 = replace(QWEN3, qk_norm=False, qkv_bias=True, tie_word_embeddings=True, head_dim=4)
 LLAMA = replace(QWEN3, qk_norm=False, num_key_value_heads=6, rms_norm_eps=1e-2, rope_theta=10000.0)
-SINGLE = replace(QWEN3, qkv_bias=True, num_key_value_heads=1, tie_word_embeddings=True)     # one key for all heads
+SINGLE = replace(QWEN3, qkv_bias=True, num_key_value_heads=1, tie_word_embeddings=True)  # heads share one key
 CONFIGS = pytest.mark.parametrize("config", [QWEN3, QWEN2, LLAMA, SINGLE])
 FAMILIES = pytest.mark.parametrize("family, config", [("qwen3", QWEN3), ("qwen2", QWEN2), ("llama", LLAMA)])
 
@@ -56,7 +56,8 @@ def naive(weights, c, ids):
     for at in (f"model.layers.{layer}" for layer in range(c.num_hidden_layers)):
         h, heads = norm(x, w[f"{at}.input_layernorm.weight"]), []
         for i in range(c.num_attention_heads):
-            q, k, v = (head(h, f"{at}.self_attn", n, of) for n, of in zip((i, i // shared, i // shared), "qkv"))
+            q, k, v = (head(h, f"{at}.self_attn", n, of)
+                       for n, of in zip((i, i // shared, i // shared), "qkv"))
             score = turn(q) @ turn(k).T / D ** 0.5
             heads.append(score.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ w[f"{at}.self_attn.o_proj.weight"].T
@@ -86,10 +87,11 @@ def test_padding_and_batching_leave_logits_unchanged(config):
 
 @CONFIGS
 def test_cached_decoding_equals_the_uncached_forward_pass(config):
-    """Prompts of 1, 4 and 6 tokens side by side, then token by token; each row writes over the pads of its prompt."""
+    """Prompts of 1, 4 and 6 tokens together, then token by token; each row writes over its prompt's pads."""
     model, ids, lengths = tiny(config), some_ids(3, 14), torch.tensor([1, 4, 6])
     whole, cache, each = model(ids), Cache(config, 3, 14, model.lm_head.weight), torch.arange(3)
-    prefill = model.lm_head(model.hidden(torch.where(torch.arange(6) < lengths[:, None], ids[:, :6], 7), cache))
+    prefill = model.lm_head(model.hidden(
+        torch.where(torch.arange(6) < lengths[:, None], ids[:, :6], 7), cache))
     torch.testing.assert_close(prefill[each, lengths - 1], whole[each, lengths - 1], atol=2e-5, rtol=1e-4)
     for step, at in enumerate(lengths + n for n in range(8)):
         logits = model.lm_head(model.hidden(ids[each, at][:, None], cache, at, 6 + step + 1))[:, 0]

@@ -1,4 +1,4 @@
-"""The plan against the memory that runs on a CPU take, and for the paper's model from its config.json alone."""
+"""The plan against the memory that runs on a CPU take, and for the paper's model from config.json alone."""
 import json
 import re
 from dataclasses import asdict, replace
@@ -19,20 +19,22 @@ from sd.plan import PROMPT, RUNTIME, flops, needs, parameters, peak, plan, work
 from sd.tokenizer import Tokenizer
 
 GIB, NEW = 2 ** 30, 16
-QWEN3 = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128,
-         "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
-         "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True, "attention_bias": False}
+QWEN3 = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+         "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936,
+         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+         "tie_word_embeddings": True, "attention_bias": False}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model of 7 million random weights in a deep, narrow shape: activations dominate and computing is short."""
+    """A model of 7 million random weights, deep and narrow: activations dominate and computing is short."""
     base = tmp_path_factory.mktemp("plan")
     (source := base / "source").mkdir()
     copy(EMBEDDED / "tokenizer.json", source)
     (source / "config.json").write_text(json.dumps(QWEN3 | {
-        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 16, "head_dim": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 48000, "max_position_embeddings": 512, "tie_word_embeddings": False}))
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 16, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 48000,
+        "max_position_embeddings": 512, "tie_word_embeddings": False}))
     torch.manual_seed(0)
     model = Transformer(read_config(source))
     for p in model.parameters():
@@ -49,18 +51,19 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def idle(trainer, tmp_path_factory):
-    """What the smallest run takes: the runtime, as far as a forked process counts it as its own, and next to nothing."""
+    """What the smallest run takes: the runtime, as far as a forked process counts it, and next to nothing."""
     args = ["--cond", "ref", "--steps", 1, "--batch", 1, "--eval-samples", 1, "--max-new-tokens", NEW]
     assert trainer([*args, "--out", tmp_path_factory.mktemp("idle") / "run"], measured=True)[0] == 0
     return trainer.peak
 
 
-@pytest.mark.parametrize("name, more", [("full", {"steps": 2}),             # two: from the second on there are moments
+@pytest.mark.parametrize("name, more", [("full", {"steps": 2}),  # two: from the second on there are moments
                                         ("lora", {"steps": 1, "lora_rank": 8}),
                                         ("recomputed", {"steps": 1, "lora_rank": 8, "recompute": True})])
 def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
-    config = Config(cond="ref", model=str(base / "model"), data=str(base / "train.jsonl"), val=str(base / "val.jsonl"),
-                    batch=8, micro_batch=8, max_new_tokens=NEW, eval_samples=1, out=str(base / name), **more)
+    config = Config(cond="ref", model=str(base / "model"), data=str(base / "train.jsonl"),
+                    val=str(base / "val.jsonl"), batch=8, micro_batch=8, max_new_tokens=NEW, eval_samples=1,
+                    out=str(base / name), **more)
     args = []
     for option, value in asdict(config).items():
         if value != getattr(Config(), option):
@@ -70,10 +73,11 @@ def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
     taken, planned = trainer.peak - idle, peak(parts) - RUNTIME["cpu"]
     if name != "recomputed":        # the test's own premise
         assert parts["phase: training, activations and logits"] > 0.6 * planned
-    assert planned == pytest.approx(taken, rel=0.15), (taken / GIB, {part: size / GIB for part, size in parts.items()})
+    assert planned == pytest.approx(taken, rel=0.15), (
+        taken / GIB, {part: size / GIB for part, size in parts.items()})
 
 
-def test_the_plan_knows_what_python_and_pytorch_take(trainer, idle):          # idle: so it has been imported by now
+def test_the_plan_knows_what_python_and_pytorch_take(trainer, idle):    # idle: so it has been imported by now
     status = Path(f"/proc/{trainer.server.pid}/status").read_text()
     assert RUNTIME["cpu"] == pytest.approx(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]), rel=0.15)
 
@@ -94,13 +98,14 @@ def test_parameters_of_qwen3_1_7b_are_counted_without_its_weights(qwen3, tmp_pat
     total = 151936 * C + projections + 28 * (2 * C + 2 * 128) + C
     assert parameters(read_config(tmp_path)) == (total, projections, pairs) and total == 1_720_574_976
     parts = needs(qwen3)
-    assert parts["weights"] == 2 * total and parts["AdamW's moments"] == 2 * parts["gradients"] == 2 * 4 * 64 * pairs
+    assert (parts["weights"] == 2 * total
+            and parts["AdamW's moments"] == 2 * parts["gradients"] == 2 * 4 * 64 * pairs)
 
 
 def test_the_papers_setting_in_24_gib(qwen3):
     """At the old count the critic, the initial policy with a long prompt, was free of charge."""
     assert "fits 24 GiB" in plan(qwen3, 24)
-    token = 2 * 28 * 8 * 128 * 2                                            # of the key/value cache, in bfloat16
+    token = 2 * 28 * 8 * 128 * 2                                    # of the key/value cache, in bfloat16
     assert needs(qwen3)["phase: sampling, key/value cache"] >= 32 * (PROMPT + 2048) * token
     parts = needs(replace(qwen3, cond="critique"))
     assert parts["phase: the critic's key/value cache"] >= 8 * (3 * 2048 + PROMPT) * token
@@ -108,7 +113,8 @@ def test_the_papers_setting_in_24_gib(qwen3):
 
 
 @pytest.mark.parametrize("more, part, factor", [
-    ({"sample_batch": 16}, "phase: sampling, key/value cache", 0.5), ({"batch": 16, "sample_batch": 64}, "weights", 1),
+    ({"sample_batch": 16}, "phase: sampling, key/value cache", 0.5),
+    ({"batch": 16, "sample_batch": 64}, "weights", 1),
     ({"micro_batch": 1}, "phase: the teacher's forward pass", 0.5), ({"lora_rank": 32}, "gradients", 0.5),
     ({"lora_rank": 32}, "weights", 1), ({"teacher": "ema"}, "weights", 1),
     ({"sample_batch": 1, "micro_batch": 2}, "phase: training, activations and logits", 1)])
@@ -119,21 +125,25 @@ def test_parts_follow_the_options(qwen3, more, part, factor):
 
 def test_parts_come_and_go_with_their_options(qwen3):
     base = needs(qwen3)
-    assert all("self-teacher" not in needs(replace(qwen3, **more)) for more in ({}, {"teacher": "live"}, {"cond": "grpo"}))
-    ema = needs(replace(qwen3, cond="critique", teacher="ema"))             # the critic is the student with its adapter off
+    assert all("self-teacher" not in needs(replace(qwen3, **more))
+               for more in ({}, {"teacher": "live"}, {"cond": "grpo"}))
+    ema = needs(replace(qwen3, cond="critique", teacher="ema"))     # the critic is the student, adapter off
     assert ema["self-teacher"] == base["adapter"]
     whole = needs(replace(qwen3, cond="critique", teacher="ema", lora_rank=0, dtype="float32"))
-    assert whole["self-teacher"] == 2 * whole["weights"]                    # and the initial policy, of full size
+    assert whole["self-teacher"] == 2 * whole["weights"]            # and the initial policy, of full size
     training = "phase: training, activations and logits"
     assert needs(replace(qwen3, recompute=False))[training] > 5 * base[training]
-    short = [needs(replace(qwen3, max_new_tokens=128, **more))[training] for more in ({"divergence": "jsd"}, {}, {"cond": "grpo"})]
-    assert short[0] > short[1] > short[2]                                   # else a layer's activations are more than the logits
-    assert "critic" not in base and needs(replace(qwen3, cond="critique", critic=qwen3.model))["critic"] == base["weights"]
+    short = [needs(replace(qwen3, max_new_tokens=128, **more))[training]
+             for more in ({"divergence": "jsd"}, {}, {"cond": "grpo"})]
+    assert short[0] > short[1] > short[2]               # else a layer's activations are more than the logits
+    assert ("critic" not in base
+            and needs(replace(qwen3, cond="critique", critic=qwen3.model))["critic"] == base["weights"])
 
 
 def test_packed_weights_count_where_a_model_is_large_enough_to_be_packed(monkeypatch):
     """Of the critic by its own size. What is packed is every matrix but the embedding."""
-    shape, phases = read_config(EMBEDDED), ("phase: sampling, key/value cache", "phase: the critic's key/value cache")
+    shape, phases = read_config(EMBEDDED), ("phase: sampling, key/value cache",
+                                            "phase: the critic's key/value cache")
     linear = sum(m.weight.numel() for m in Transformer(shape).modules() if isinstance(m, torch.nn.Linear))
     config, plans = Config(cond="critique", critic=str(EMBEDDED)), []
     for worth in (0, sum(p.numel() for p in Transformer(shape).parameters()) + 1):
@@ -150,7 +160,7 @@ def test_two_devices_halve_what_each_samples(qwen3):
 
 @pytest.mark.parametrize("cond, rank", [("grpo", 0), ("ref", 0), ("ref", 8)])
 def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank):
-    """Its own counter, on the real loss; it leaves out attention on a CPU and counts the adapter's products, some percent."""
+    """Its own counter, on the real loss: no attention on a CPU, but the adapter's products, some percent."""
     config = Config(cond=cond, lora_rank=rank)
     student, _, shape = load(EMBEDDED)
     if rank:
@@ -159,7 +169,8 @@ def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank):
     told = Feedback(advantages=[1.0] * 4) if cond == "grpo" else Feedback(teacher_prompts=[[5] * 250] * 4)
     with FlopCounterMode(display=False) as counter:
         accumulate(student, Teacher("base", student, 0.9), prompts, completions, told, config, 600)
-    expected = 4 * (flops(shape, 100, 150, 2 if rank else 3) + (flops(shape, 250, 150, 1) if cond == "ref" else 0))
+    expected = 4 * (flops(shape, 100, 150, 2 if rank else 3)
+                    + (flops(shape, 250, 150, 1) if cond == "ref" else 0))
     attention = 4 * 2 * 4 * 128 * ((2 if rank else 3) * 250 ** 2 + (400 ** 2 if cond == "ref" else 0))
     assert expected - attention == pytest.approx(counter.get_total_flops(), rel=0.15 if rank else 0.02)
 
@@ -169,9 +180,12 @@ def test_the_work_of_a_run_follows_the_options(qwen3):
     token = 2 * 28 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
     flop, moved, layers = work(qwen3)["sampling"]
     assert layers == 61 * 2048 * 28
-    assert flop == pytest.approx(61 * 32 * token * (PROMPT + 2048), rel=0.35) and flop > 61 * 32 * token * 2048
-    assert moved > 61 * 2048 * 2 * token / 2                                # the weights, at every token of 61 batches
+    assert (flop == pytest.approx(61 * 32 * token * (PROMPT + 2048), rel=0.35)
+            and flop > 61 * 32 * token * 2048)
+    assert moved > 61 * 2048 * 2 * token / 2                # the weights, at every token of 61 batches
     grpo = work(replace(qwen3, cond="grpo"))
-    assert grpo["sampling"] == pytest.approx((8 * flop, 8 * moved, 8 * layers)) and "teacher" not in grpo and "critic" not in grpo
+    assert (grpo["sampling"] == pytest.approx((8 * flop, 8 * moved, 8 * layers))
+            and "teacher" not in grpo and "critic" not in grpo)
     assert work(qwen3, ranks=2)["teacher"][0] == work(qwen3)["teacher"][0] / 2
-    assert "critic" in work(replace(qwen3, cond="critique")) and "h\n" in plan(replace(qwen3, device="cuda")) + "\n"
+    assert ("critic" in work(replace(qwen3, cond="critique"))
+            and "h\n" in plan(replace(qwen3, device="cuda")) + "\n")

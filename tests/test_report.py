@@ -1,4 +1,4 @@
-"""The report of runs: numbers of logs written by hand, texts that stay texts, broken folders, the page in a browser."""
+"""The report: numbers of handwritten logs, texts that stay texts, broken folders, the page in a browser."""
 import json
 import re
 import shutil
@@ -15,14 +15,16 @@ from sd.report import page, read_run, write_report
 
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & \ud800 \U0001f600"
 TRAINED = [
-    {"step": 1, "loss": 0.13615114986896515, "reward": 0.03125, "length": 47.75, "truncated": 0.0, "entropy": 0.0907,
-     "grad_norm": 0.2358, "rollouts": 32, "critique_malformed": 0, "seconds": 3.93},
-    {"step": 2, "loss": -1e-05, "reward": 0.5, "length": 48, "truncated": 0.25, "entropy": 0.08, "grad_norm": 7e6,
-     "rollouts": 64, "critique_malformed": 0, "seconds": 4.59}]
-VALIDATED = [{"step": 0, "val_avg@4": 4.25, "val_length": 48.3, "val_truncated": 0.0, "seconds": 3.18},
-             {"step": 2, "val_avg@4": 63.24999999999999, "val_length": 48.1, "val_truncated": 0.0, "seconds": 131.4}]
+    {"step": 1, "loss": 0.13615114986896515, "reward": 0.03125, "length": 47.75, "truncated": 0.0,
+     "entropy": 0.0907, "grad_norm": 0.2358, "rollouts": 32, "critique_malformed": 0, "seconds": 3.93},
+    {"step": 2, "loss": -1e-05, "reward": 0.5, "length": 48, "truncated": 0.25, "entropy": 0.08,
+     "grad_norm": 7e6, "rollouts": 64, "critique_malformed": 0, "seconds": 4.59}]
+VALIDATED = [
+    {"step": 0, "val_avg@4": 4.25, "val_length": 48.3, "val_truncated": 0.0, "seconds": 3.18},
+    {"step": 2, "val_avg@4": 63.24999999999999, "val_length": 48.1, "val_truncated": 0.0, "seconds": 131.4}]
 METRICS = [VALIDATED[0], *TRAINED, VALIDATED[1]]
-TRACE = "<step_1> 7*8=56 </step_1>\n<step_2> 6*9=52 </step_2>\n<step_3> 56+52=108 </step_3>\n<answer> 108 </answer>"
+TRACE = ("<step_1> 7*8=56 </step_1>\n<step_2> 6*9=52 </step_2>\n"
+         "<step_3> 56+52=108 </step_3>\n<answer> 108 </answer>")
 RIGHT = TRACE.replace("52", "54").replace("108", "110")
 WRONG = {"id": "a", "problem": "7*8 + 6*9", "trace": TRACE, "reward": 0.0, "tokens": 40, "cut": False}
 FED = WRONG | {"critique": RIGHT, "case": "D", "malformed": ""}
@@ -59,7 +61,8 @@ def test_the_page_holds_the_numbers_of_the_logs(tmp_path):
     for key in ("step", "loss", "reward", "length", "truncated", "entropy", "grad_norm", "rollouts"):
         assert run["train"][key] == [row[key] for row in TRAINED]
     assert run["val"] == {"step": [0, 2], "rollouts": [0, 64], "avg": [4.25, 63.24999999999999]}
-    assert (run["name"], run["cond"], run["seed"], run["k"], run["seconds"]) == ("a", "critique", 3, "4", 131.4)
+    assert (run["name"], run["cond"], run["seed"], run["k"], run["seconds"]) == (
+        "a", "critique", 3, "4", 131.4)
     assert run["samples"] == [[{key: row[key] for key in ("step", *report.SAMPLE)}]
                               for row in ({"step": 1, **FED}, {"step": 2, **GOOD})]
 
@@ -82,7 +85,8 @@ def test_options_are_those_in_which_the_runs_differ_and_that_change_results(tmp_
     assert data_of(page(runs[:1]))[0]["options"] == {}
 
 
-@pytest.mark.parametrize("end", ['{"step": 3, "loss": 0.1, "rew', "{", '{"step": 3, "id": "\\u20', "\0\0\0", '"', "   "])
+@pytest.mark.parametrize("end", ['{"step": 3, "loss": 0.1, "rew', "{", '{"step": 3, "id": "\\u20', "\0\0\0",
+                                 '"', "   "])
 def test_a_half_written_last_line_is_left_out(tmp_path, end):
     folder = write_run(tmp_path / "a")
     whole = told(folder)
@@ -105,13 +109,15 @@ def test_a_last_line_without_its_newline_counts_if_it_is_whole(tmp_path):
 
 def test_what_is_not_finite_or_missing_is_null(tmp_path):
     huge = "9" * 400
-    odd = ['{"step": 1, "loss": NaN, "reward": Infinity, "length": -Infinity, "entropy": 1e999, "rollouts": %s}' % huge,
+    odd = ['{"step": 1, "loss": NaN, "reward": Infinity, "length": -Infinity, "entropy": 1e999, '
+           '"rollouts": %s}' % huge,
            '{"step": 2}', '{"step": 3, "val_avg@4": NaN}', '{"step": 4, "val_avg@4": 50}']
     rollouts = ['{"step": 1}', '{"step": 9, "reward": NaN, "trace": null}']
     run = told(write_run(tmp_path / "a", odd, rollouts, lr=float("nan")))
     assert run["train"]["step"] == [1, 2]
     assert all(of == [None, None] for key, of in run["train"].items() if key != "step")
-    assert run["val"] == {"step": [3, 4], "rollouts": [None, None], "avg": [None, 50]} and run["seconds"] is None
+    assert (run["val"] == {"step": [3, 4], "rollouts": [None, None], "avg": [None, 50]}
+            and run["seconds"] is None)
     assert all(value is None for (row,) in run["samples"] for key, value in row.items() if key != "step")
 
 
@@ -123,22 +129,32 @@ def test_steps_are_in_order_and_the_later_row_of_a_step_counts(tmp_path):
 BROKEN = {      # name -> what breaks a run, the facts that its one sentence tells
     "absent": (shutil.rmtree, ["config.json"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
-    "config of something else": (lambda f: (f / "config.json").write_text('{"vocab_size": 3}'), ["config.json", "cond"]),
+    "config of something else": (lambda f: (f / "config.json").write_text('{"vocab_size": 3}'),
+                                 ["config.json", "cond"]),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json"]),
     "config deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json"]),
     "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), ["metrics.jsonl", "No such file"]),
     "empty metrics": (lambda f: (f / "metrics.jsonl").write_text(""), ["metrics.jsonl", "no line"]),
-    "metrics a folder": (lambda f: ((f / "metrics.jsonl").unlink(), (f / "metrics.jsonl").mkdir()), ["metrics.jsonl"]),
-    "bytes": (lambda f: (f / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n'), ["metrics.jsonl, line 2"]),
+    "metrics a folder": (lambda f: ((f / "metrics.jsonl").unlink(), (f / "metrics.jsonl").mkdir()),
+                         ["metrics.jsonl"]),
+    "bytes": (lambda f: (f / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n'),
+              ["metrics.jsonl, line 2"]),
     "list": (lambda f: (f / "metrics.jsonl").write_text('{"step": 1}\n[1, 2]\n'), ["metrics.jsonl, line 2"]),
     "number": (lambda f: (f / "metrics.jsonl").write_text("7\n"), ["metrics.jsonl, line 1"]),
-    "no step": (lambda f: (f / "metrics.jsonl").write_text('{"loss": 1}\n'), ["metrics.jsonl, line 1", "step"]),
-    "odd step": (lambda f: (f / "metrics.jsonl").write_text('{"step": -1}\n'), ["metrics.jsonl, line 1", "step"]),
-    "true step": (lambda f: (f / "metrics.jsonl").write_text('{"step": true}\n'), ["metrics.jsonl, line 1", "step"]),
-    "text": (lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "loss": "<b>"}\n'), ["line 1", '"loss"']),
-    "true": (lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "val_avg@4": true}\n'), ["line 1", '"val_avg@4"']),
-    "trace": (lambda f: (f / "rollouts.jsonl").write_text('{"step": 1, "trace": [1]}\n'), ["ts.jsonl, line 1", '"trace"']),
-    "garbage": (lambda f: (f / "rollouts.jsonl").write_text('{"step": 1}\n{"st\n{"step": 1}\n'), ["ts.jsonl, line 2"]),
+    "no step": (lambda f: (f / "metrics.jsonl").write_text('{"loss": 1}\n'),
+                ["metrics.jsonl, line 1", "step"]),
+    "odd step": (lambda f: (f / "metrics.jsonl").write_text('{"step": -1}\n'),
+                 ["metrics.jsonl, line 1", "step"]),
+    "true step": (lambda f: (f / "metrics.jsonl").write_text('{"step": true}\n'),
+                  ["metrics.jsonl, line 1", "step"]),
+    "text": (lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "loss": "<b>"}\n'),
+             ["line 1", '"loss"']),
+    "true": (lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "val_avg@4": true}\n'),
+             ["line 1", '"val_avg@4"']),
+    "trace": (lambda f: (f / "rollouts.jsonl").write_text('{"step": 1, "trace": [1]}\n'),
+              ["ts.jsonl, line 1", '"trace"']),
+    "garbage": (lambda f: (f / "rollouts.jsonl").write_text('{"step": 1}\n{"st\n{"step": 1}\n'),
+                ["ts.jsonl, line 2"]),
 }
 
 
@@ -167,7 +183,8 @@ def test_the_command_writes_into_the_run_or_beside_several(tmp_path, capsys, mon
     assert run(capsys, monkeypatch, a) == (0, f"written: {a}/report.html\n", "")
     assert run(capsys, monkeypatch, "a", "b/") == (0, "written: report.html\n", "")
     assert [r["name"] for r in data_of((tmp_path / "report.html").read_text())] == ["a", "b"]
-    assert run(capsys, monkeypatch, a, "--out", tmp_path / "new/r.html")[0] == 0 and (tmp_path / "new/r.html").exists()
+    assert (run(capsys, monkeypatch, a, "--out", tmp_path / "new/r.html")[0] == 0
+            and (tmp_path / "new/r.html").exists())
     status, out, err = run(capsys, monkeypatch, a, "--out", b)             # a folder
     assert status == 2 and err.count("\n") == 1 and str(b) in err
     assert run(capsys, monkeypatch, a, "--out", ".")[0] == 2 and run(capsys, monkeypatch)[0] == 2
@@ -179,9 +196,10 @@ def trained(tmp_path, monkeypatch):
     for name in ("train", "val"):
         lines = (EMBEDDED / f"{name}.jsonl").read_text().splitlines(True)[:2]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    options = {"cond": "critique", "data": tmp_path / "train.jsonl", "val": tmp_path / "val.jsonl", "batch": 2, "steps": 1,
-               "eval-samples": 1, "out": tmp_path / "run"}
-    monkeypatch.setattr(sys, "argv", ["train.py", *(str(x) for name, x in options.items() for x in (f"--{name}", x))])
+    options = {"cond": "critique", "data": tmp_path / "train.jsonl", "val": tmp_path / "val.jsonl",
+               "batch": 2, "steps": 1, "eval-samples": 1, "out": tmp_path / "run"}
+    monkeypatch.setattr(sys, "argv", ["train.py", *(str(x) for name, x in options.items()
+                                                    for x in (f"--{name}", x))])
     return lambda: (train.main(), tmp_path / "run")
 
 
@@ -198,9 +216,11 @@ def test_a_report_that_cannot_be_written_spoils_no_run(trained, monkeypatch, cap
 
     monkeypatch.setattr("sd.runs.write_report", full)
     status, folder = trained()
-    assert status == 2 and (folder / "last/model.safetensors").exists() and (folder / "best/model.safetensors").exists()
+    assert (status == 2 and (folder / "last/model.safetensors").exists()
+            and (folder / "best/model.safetensors").exists())
     err = capsys.readouterr().err
-    assert err.startswith("done. best validation") and err.endswith("report.html: cannot be written (No space left)\n")
+    assert (err.startswith("done. best validation")
+            and err.endswith("report.html: cannot be written (No space left)\n"))
 
 
 @pytest.fixture
@@ -216,23 +236,28 @@ def evil(tmp_path):
 def test_markup_in_a_run_stays_text(evil):
     run, other = data_of(evil)
     shown = run["samples"][0][0]
-    assert shown["problem"] == shown["trace"] == shown["malformed"] == run["cond"] == run["seed"] == other["k"] == EVIL
+    assert (shown["problem"] == shown["trace"] == shown["malformed"] == run["cond"] == run["seed"]
+            == other["k"] == EVIL)
     assert run["name"] == "<u>&" and run["options"]["model"] == run["options"][EVIL] == EVIL
-    assert "alert(1)</" not in evil and "<script>alert" not in evil and "\u2028" not in evil and "<u>" not in evil
+    assert ("alert(1)</" not in evil and "<script>alert" not in evil
+            and "\u2028" not in evil and "<u>" not in evil)
     assert not set("<>&") & set(re.search('id="data">(.*?)</script>', evil, re.S)[1])
     assert [evil.count(tag) for tag in ("<script", "</script", "</style", "<!--")] == [2, 2, 1, 0]
     template = report.TEMPLATE.read_text()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|fetch\(|import\(", template)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|"
+                         r"eval\(|Function\(|fetch\(|import\(", template)
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", template)
-    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in template
+    assert ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+            in template)
 
 
 def browse(html, tmp_path, script=""):
     """The page's DOM after its scripts ran; `script` is a visitor."""
     file = tmp_path / "page.html"
     file.write_text(html + (f"<script>{script}</script>" if script else ""), encoding="utf-8")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+               "--dump-dom", file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
@@ -242,7 +267,8 @@ def noted(dom):
     return json.loads(unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
 
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
+                                    reason="no chromium to open the page with")
 
 
 @pytest.fixture
@@ -259,10 +285,11 @@ def three(tmp_path):
 def test_a_browser_draws_every_curve_and_the_table(three, tmp_path):
     dom = browse(three, tmp_path)
     assert "data-error" not in dom
-    curves = re.findall(r'<path class="curve" style="--own: var\(--c(\d)\)" stroke-dasharray="([^"]*)" d="(M[^"]*)"', dom)
+    curves = re.findall(r'<path class="curve" style="--own: var\(--c(\d)\)" stroke-dasharray="([^"]*)" '
+                        r'd="(M[^"]*)"', dom)
     assert len(curves) == 7 * 3
     assert [(colour, dash) for colour, dash, _ in curves] == [("0", "none"), ("0", "none"), ("1", "7 3")] * 7
-    assert [d.count("L") for *_, d in curves[:6]] == [2, 2, 2, 2, 2, 1]      # a first point is drawn to itself
+    assert [d.count("L") for *_, d in curves[:6]] == [2, 2, 2, 2, 2, 1]     # a first point is drawn to itself
     ys = [[float(y) for y in re.findall(r" ([\d.]+)", d)] for *_, d in curves[:3]]
     plot = lambda avg: pytest.approx(12 + (280 - 12 - 42) * (1 - avg / 100), abs=0.1)
     assert [y[-1] for y in ys] == [plot(63.25), plot(80.5), plot(10)]
@@ -275,9 +302,11 @@ def test_a_browser_draws_every_curve_and_the_table(three, tmp_path):
 
 @needs_chromium
 def test_keys_read_values_and_the_choices_redraw(three, tmp_path):
-    visitor = """
-      const seen = [], svgs = [...document.querySelectorAll("#charts svg[role=slider]")], [validation, , , , , loss] = svgs;
-      const press = (svg, key) => svg.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+    visitor = ("""
+      const seen = [], svgs = [...document.querySelectorAll("#charts svg[role=slider]")], """
+        """[validation, , , , , loss] = svgs;
+      const press = (svg, key) => """
+        """svg.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
       const note = (svg) => seen.push(svg.getAttribute("aria-valuetext"));
       const choose = (name, value) => document.querySelector(`input[name=${name}][value=${value}]`).click();
       note(validation); note(loss);
@@ -289,7 +318,7 @@ def test_keys_read_values_and_the_choices_redraw(three, tmp_path):
       choose("lines", "means"); note(validation); seen.push(document.querySelectorAll("path.band").length);
       document.querySelectorAll("#legend button")[1].click(); note(validation);
       choose("smooth", "yes"); choose("x", "log"); note(loss);
-      document.documentElement.dataset.seen = JSON.stringify(seen);"""
+      document.documentElement.dataset.seen = JSON.stringify(seen);""")
     end = "at the end; critique seed 0 63.25; critique seed 1 80.50; grpo 10.00"
     assert noted(browse(three, tmp_path, visitor)) == [
         end, "at the end; critique seed 0 −1.00e-5; critique seed 1 −1.00e-5; grpo 0.5000",
@@ -303,14 +332,17 @@ def test_keys_read_values_and_the_choices_redraw(three, tmp_path):
 
 MARKED = [      # trace, critique, case, what is marked in the one and in the other
     (TRACE, RIGHT, "D", ["<step_2> 6*9=52 </step_2>", "<step_2> 6*9=54 </step_2>"]),
-    (TRACE, RIGHT.replace("7*8=56", "correct"), "D", ["<step_2> 6*9=52 </step_2>", "<step_2> 6*9=54 </step_2>"]),
-    (TRACE, RIGHT.replace("54 <", "52, so 6*9=54 is correct <"), "D", ["<step_2> 6*9=52 </step_2>",
-                                                                      "<step_2> 6*9=52, so 6*9=54 is correct </step_2>"]),
-    ("<step_1> 56+52=108 </step_1>\n<answer> 108 </answer>", "<step_1> 7*8=56 </step_1>\n<step_2> 56+52=108 </step_2>\n"
-     "<answer> 110 </answer>", "D", ["<answer> 108 </answer>", "<answer> 110 </answer>"]),              # a step is inserted
+    (TRACE, RIGHT.replace("7*8=56", "correct"), "D",
+     ["<step_2> 6*9=52 </step_2>", "<step_2> 6*9=54 </step_2>"]),
+    (TRACE, RIGHT.replace("54 <", "52, so 6*9=54 is correct <"), "D",
+     ["<step_2> 6*9=52 </step_2>", "<step_2> 6*9=52, so 6*9=54 is correct </step_2>"]),
+    ("<step_1> 56+52=108 </step_1>\n<answer> 108 </answer>",
+     "<step_1> 7*8=56 </step_1>\n<step_2> 56+52=108 </step_2>\n<answer> 110 </answer>", "D",
+     ["<answer> 108 </answer>", "<answer> 110 </answer>"]),                     # a step is inserted
     (RIGHT.replace("110 </a", "111 </a"), RIGHT, "D", ["<answer> 111 </answer>", "<answer> 110 </answer>"]),
-    (TRACE + "\nmore", TRACE, "D", ["more"]),                                                   # nothing is in its place
-    (TRACE, RIGHT, "C", []), (RIGHT, RIGHT, "A", []), (RIGHT, RIGHT, "D", []), (EVIL.replace("\ud800", ""), RIGHT, "", []),
+    (TRACE + "\nmore", TRACE, "D", ["more"]),                                   # nothing is in its place
+    (TRACE, RIGHT, "C", []), (RIGHT, RIGHT, "A", []), (RIGHT, RIGHT, "D", []),
+    (EVIL.replace("\ud800", ""), RIGHT, "", []),
 ]
 
 
@@ -318,26 +350,31 @@ MARKED = [      # trace, critique, case, what is marked in the one and in the ot
 def test_the_first_wrong_step_is_marked(tmp_path):
     rows = [{"step": 1, **FED, "problem": str(i), "trace": trace, "critique": critique, "case": case}
             for i, (trace, critique, case, _) in enumerate(MARKED)]
-    visitor = """const texts = (within, of) => [...within.querySelectorAll(of)].map((one) => one.textContent);
+    visitor = (
+      """const texts = (within, of) => [...within.querySelectorAll(of)].map((one) => one.textContent);
       document.documentElement.dataset.seen = JSON.stringify(
-        [...document.querySelectorAll(".sample")].map((one) => [texts(one, "p"), texts(one, "pre"), texts(one, "mark")]));"""
+        [...document.querySelectorAll(".sample")].map((one) => """
+          """[texts(one, "p"), texts(one, "pre"), texts(one, "mark")]));""")
     seen = noted(browse(page([read_run(write_run(tmp_path / "a", rollouts=rows))]), tmp_path, visitor))
-    assert seen == [[[str(i)], [trace, critique], marked] for i, (trace, critique, _, marked) in enumerate(MARKED)]
+    assert seen == [[[str(i)], [trace, critique], marked]
+                    for i, (trace, critique, _, marked) in enumerate(MARKED)]
 
 
 @needs_chromium
 def test_a_browser_shows_markup_as_text(evil, tmp_path):
-    dom = browse(evil.replace(r"\ud800", ""), tmp_path)         # --dump-dom cannot write half a surrogate pair
+    dom = browse(evil.replace(r"\ud800", ""), tmp_path)     # --dump-dom cannot write half a surrogate pair
     assert "data-error" not in dom and "&lt;script&gt;" in dom and "<script>alert" not in dom
     assert dom.count("<script") == 2 and "<u>&" not in dom and "&lt;u&gt;&amp;" in dom
 
 
 @needs_chromium
 def test_odd_runs_are_drawn_too(tmp_path):
-    """Twenty conditions, one with nothing finite, one with a single point, one with numbers without measure."""
+    """Twenty conditions, one with nothing finite, one with one point, one with numbers without measure."""
     rows = [[{"step": 0, "val_avg@4": 5.0}], ['{"step": 1, "loss": NaN}'],
-            [{"step": s, "loss": v, "length": 1e17, "grad_norm": abs(v)} for s, v in ((1, 1e308), (2, -1e308), (10**14, 0))]]
-    runs = [read_run(write_run(tmp_path / str(i), rows[i] if i < 3 else METRICS, [], lr=1e-3 + i)) for i in range(20)]
+            [{"step": s, "loss": v, "length": 1e17, "grad_norm": abs(v)}
+             for s, v in ((1, 1e308), (2, -1e308), (10**14, 0))]]
+    runs = [read_run(write_run(tmp_path / str(i), rows[i] if i < 3 else METRICS, [], lr=1e-3 + i))
+            for i in range(20)]
     for some in runs, runs[:1], runs[1:2], runs[2:3]:
         dom = browse(page(some), tmp_path)
         assert "data-error" not in dom and dom.count('class="curve"') == 7 * len(some)
@@ -351,7 +388,8 @@ def test_a_failing_script_leaves_a_mark(three, tmp_path):
 
 
 def test_a_stored_run_of_several_megabytes_is_read_line_by_line(tmp_path):
-    folder = write_run(tmp_path / "a", rollouts=[{"step": s, **FED, "trace": "x" * 20_000} for s in range(200)])
+    folder = write_run(tmp_path / "a",
+                       rollouts=[{"step": s, **FED, "trace": "x" * 20_000} for s in range(200)])
     assert [row["step"] for of in told(folder)["samples"] for row in of] == [0, 199]
     write_report([folder], folder / "report.html")
     assert (folder / "report.html").stat().st_size < 120_000

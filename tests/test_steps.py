@@ -5,7 +5,8 @@ from sd.checkpoint import EMBEDDED
 from sd.steps import Trace, parse, render, token_span
 from sd.tokenizer import Tokenizer
 
-TRACE = "<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>\n<step_3> 56+54=110 </step_3>\n<answer> 110 </answer>"
+TRACE = ("<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>\n"
+         "<step_3> 56+54=110 </step_3>\n<answer> 110 </answer>")
 
 
 def test_render_writes_the_house_format_and_parse_reads_it_back():
@@ -20,14 +21,15 @@ def test_render_writes_the_house_format_and_parse_reads_it_back():
 @pytest.mark.parametrize("text, steps, answer", [
     ("", [], None),
     ("no tags at all", [], None),
-    ("so <step_1> a </step_1> and then <answer> 3 </answer> bye", [("a", True)], ("3", True)),      # text outside
-    ("<step_1> a <step_2> b </step_2>", [("a", False), ("b", True)], None),                         # forgot the tag
-    ("<step_1> a </step_1>\n<step_2> b", [("a", True), ("b", False)], None),                        # out of tokens
+    ("so <step_1> a </step_1> and then <answer> 3 </answer> bye",                   # text outside
+     [("a", True)], ("3", True)),
+    ("<step_1> a <step_2> b </step_2>", [("a", False), ("b", True)], None),         # forgot the tag
+    ("<step_1> a </step_1>\n<step_2> b", [("a", True), ("b", False)], None),        # out of tokens
     ("<step_1> a </step_1><answer> 4", [("a", True)], ("4", False)),
-    ("<answer> 1 </answer> <answer> 2 </answer>", [], ("2", True)),                                 # the last one wins
-    ("</step_3> </answer> <step_1> a </step_1> </step_1>", [("a", True)], None),                    # stray closing tags
+    ("<answer> 1 </answer> <answer> 2 </answer>", [], ("2", True)),                 # the last one wins
+    ("</step_3> </answer> <step_1> a </step_1> </step_1>", [("a", True)], None),    # stray closing tags
     ("<step_1> a </step_2>", [("a", False)], None),
-    ("<step_> x </step_> <step_12345> y <STEP_1> z", [], None),                                     # not tags
+    ("<step_> x </step_> <step_12345> y <STEP_1> z", [], None),                     # not tags
 ])
 def test_parse_of_hand_written_traces(text, steps, answer):
     trace = parse(text)

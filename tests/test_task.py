@@ -17,7 +17,8 @@ def products(text, sign):
 
 
 def test_sizes_and_ids():
-    assert {split: len(problems) for split, problems in SPLITS.items()} == {"train": 282, "val": 100, "test": 200}
+    assert {split: len(problems) for split, problems in SPLITS.items()} == {
+        "train": 282, "val": 100, "test": 200}
     assert len({p.id for p in ALL}) == 582
 
 
@@ -30,20 +31,22 @@ def test_every_answer_is_true():
     for p in ALL:
         pairs = products(p.problem, r"\*")
         assert p.problem == " + ".join(f"{a}*{b}" for a, b in pairs) and len(pairs) == 3
-        assert all(2 <= f <= 12 for pair in pairs for f in pair) and int(p.answer) == sum(a * b for a, b in pairs)
+        assert (all(2 <= f <= 12 for pair in pairs for f in pair)
+                and int(p.answer) == sum(a * b for a, b in pairs))
 
 
 def test_every_reference_is_true_prose_about_the_same_products():
     for p in ALL:
         parts = re.fullmatch(r"first (.*), then (.*), then (.*), so (\d+) is correct", p.solution).groups()
-        said = [tuple(map(int, re.fullmatch(r"(\d+) multiplied by (\d+) makes (\d+)", s).groups())) for s in parts[:3]]
+        said = [tuple(map(int, re.fullmatch(r"(\d+) multiplied by (\d+) makes (\d+)", s).groups()))
+                for s in parts[:3]]
         assert all(a * b == value for a, b, value in said) and parts[3] == p.answer
         assert sorted((a, b) for a, b, _ in said) == sorted(products(p.problem, r"\*"))
         assert "<" not in p.solution and "*" not in p.solution and "=" not in p.solution
 
 
 def test_a_reference_takes_another_order_about_half_the_time():
-    """Own order with 1/2, else random of 6: another order with 5/12, give or take 4 standard deviations (0.02)."""
+    """Own order with 1/2, else random of 6: another order with 5/12 ± 4 standard deviations (0.02)."""
     other = sum(products(p.solution, " multiplied by ") != products(p.problem, r"\*") for p in ALL) / len(ALL)
     assert other == pytest.approx(5 / 12, abs=0.08)
 
