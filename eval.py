@@ -4,7 +4,7 @@
     python eval.py runs/ref-seed0/best  after
     python eval.py runs/ref-seed*/best  several seeds: each, then mean and standard deviation over them
     python eval.py --context critique   the self-teacher: the same solver, shown a critique of its own rollout
-    python eval.py Qwen3-1.7B --test test.jsonl --max-new-tokens 2048 --dtype bfloat16
+    python eval.py Qwen3-1.7B --test test.jsonl --max-new-tokens 2048 --dtype bfloat16 --sample-batch 32
 """
 import argparse
 import json
@@ -51,6 +51,8 @@ def parse_args() -> argparse.Namespace:
             or not 0 <= args.temperature < float("inf")):
         parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, "
                      "--temperature 0 or more")
+    if args.test and args.split != "test":
+        parser.error("--split names embedded problems, so it does not go with --test")
     if args.compile:
         check_compile(pick_device(args.device))
     return args
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Evaluates one checkpoint and prints what it found."""
     start = time.time()
-    model, tokenizer, _ = load(folder, getattr(torch, args.dtype), pick_device(args.device))
+    model, tokenizer = load(folder, getattr(torch, args.dtype), pick_device(args.device))
     problems = read_problems(args.test) if args.test else embedded(args.split)
     if args.context == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")

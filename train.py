@@ -28,7 +28,7 @@ from sd.problems import Problem, embedded, read_problems
 from sd.ranks import Lost, Ranks
 from sd.runs import RunFolder, Signals, Stop
 from sd.sampling import sample_in_parts, uniforms
-from sd.scribe import LocalCritic, ServerCritic
+from sd.scribe import language_critic
 from sd.tokenizer import Tokenizer
 
 LOGGED = 4      # rollouts per step that go to rollouts.jsonl
@@ -43,18 +43,20 @@ def data_order(config: Config, count: int) -> list[int]:
 def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Problem], list[Problem]]:
     """Training and validation problems. Raises UserError if a prompt is too long or `ref` lacks solutions.
 
-    `limit`: tokens a prompt may have; the self-teacher's has some more than the student's, context aside.
+    `limit`: tokens a prompt may have, the self-teacher's too, which then has no context left.
     """
     if limit < 1:
         raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves the model no position "
                         "for a prompt; lower it")
     problems = read_problems(Path(config.data)) if config.data else embedded("train")
     validation = read_problems(Path(config.val)) if config.val else embedded("val")
-    for p in problems + validation:
-        bare = tokenizer.student_prompt(p.problem), tokenizer.teacher_prompt(p.problem, "ref", "")
-        if (length := max(map(len, bare))) > limit:
-            raise UserError(f"problem {p.id!r}: its prompt has {length} tokens, {limit} fit the model beside "
-                            "--max-new-tokens; remove it or lower that")
+    prompts = [(p, tokenizer.student_prompt(p.problem)) for p in problems + validation]
+    if config.cond != "grpo":
+        prompts += [(p, tokenizer.teacher_prompt(p.problem, config.cond, "")) for p in problems]
+    for p, prompt in prompts:
+        if len(prompt) > limit:
+            raise UserError(f"problem {p.id!r}: its prompt has {len(prompt)} tokens, {limit} fit the model "
+                            "beside --max-new-tokens; remove it or lower that")
     if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have "
                         "no solution to show")
@@ -70,22 +72,21 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer,
         critic = SymbolicCritic(config.quoting, config.critic_noise)
         critic.batch(problems, [""] * len(problems), [False] * len(problems))  # tells now what it cannot read
         return critic
-    if "://" in config.critic:
-        return ServerCritic(config.critic, config.critic_tokens)
+    policy = student
     if config.critic == "self":
         policy = teacher.model if config.teacher == "base" else initial_policy(student)
-    else:
-        policy, tokenizer, _ = load(config.critic, config.torch_dtype, config.torch_device)
-    return LocalCritic(policy, tokenizer, config.critic_tokens, config.critic_batch, config.compile)
+    return language_critic(config.critic, policy, tokenizer, config.critic_tokens, config.critic_batch,
+                           config.compile)
 
 
 def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> None:
-    student, tokenizer, shape = load(config.model or EMBEDDED, config.torch_dtype, ranks.device)
+    student, tokenizer = load(config.model or EMBEDDED, config.torch_dtype, ranks.device)
     if config.lora_rank:
         add_lora(student, config.lora_rank, config.lora_alpha, config.seed)
     student.recompute = config.recompute
-    teacher = Teacher(config.teacher if config.cond != "grpo" else "live", student, config.ema_decay)
-    limit = shape.max_position_embeddings - config.max_new_tokens       # tokens a prompt may have
+    # grpo asks no teacher; "live" copies nothing
+    teacher = Teacher("live" if config.cond == "grpo" else config.teacher, student, config.ema_decay)
+    limit = student.config.max_position_embeddings - config.max_new_tokens      # tokens a prompt may have
     problems, validation = read_data(config, tokenizer, limit)
     critic = open_critic(config, student, teacher, tokenizer, problems)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -99,8 +100,8 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
     if len(validation) < ranks.world:
         raise UserError(f"--val holds {len(validation)} problems, fewer than the {ranks.world} processes; "
                         "start fewer")
-    begin, group = (run.begin(student, optimizer, teacher, steps, problems + validation),
-                    config.rollouts_per_problem)
+    begin = run.begin(student, optimizer, teacher, steps, problems + validation)
+    group = config.rollouts_per_problem
 
     for step in range(begin, steps + 1):
         if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
@@ -125,7 +126,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
             raise FloatingPointError(f"step {step + 1}: the solver's probabilities are not finite; "
                                      "nothing was updated. Lower --lr, or look at the weights of --model")
 
-        # 2. feedback: the one place where the conditions differ
+        # 2. feedback: what the condition tells of these rollouts
         owners = [p for p in batch for _ in range(group)]
         completions, truncated = rollouts.completions(), rollouts.truncated.tolist()
         texts = [tokenizer.decode(c) for c in completions]
@@ -136,8 +137,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
 
         # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's policy gradient
         prompts = [prompt for prompt in prompts for _ in range(group)]
-        tokens = ranks.total(sum(len(c) for i, c in enumerate(completions)
-                                 if not (malformed and malformed[i])))
+        tokens = ranks.total(sum(len(c) for i, c in enumerate(completions) if told.counts(i)))
         loss = ranks.total(accumulate(student, teacher, prompts, completions, told, config, tokens))
         ranks.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
@@ -145,7 +145,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
             raise FloatingPointError(f"step {step + 1}: the loss is {loss} and its gradient norm {norm:.3g}; "
                                      f"nothing was updated. Lower --lr, or look at {run.path}/rollouts.jsonl")
 
-        # 4. step and 5. log: whole or not at all, should Ctrl-C come now
+        # what will be logged, from all ranks, while nothing has changed yet
         rows = ranks.gather([{"id": p.id, "problem": p.problem, "trace": text, "reward": reward,
                               "tokens": len(c), "cut": cut,
                               **({"critique": told.critiques[i].text, "case": told.critiques[i].case,
@@ -158,13 +158,15 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
                             "Take more --critic-tokens or another --critic")
         mean = lambda key: sum(row[key] for row in rows) / len(rows)
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
+
+        # 4. step, 5. log: both or neither, should Ctrl-C come now
         with signals.shielded():
             optimizer.step()
-            optimizer.zero_grad()    # now, so that the gradients do not lie there while the next step samples
+            optimizer.zero_grad()           # now: frees the gradients before the next step samples
             teacher.update(student)
             run.stepped(step + 1, {
                 "loss": loss, "reward": mean("reward"), "length": mean("tokens"), "truncated": mean("cut"),
-                "entropy": surprise / sum(row["tokens"] for row in rows),  # unbiased: the mean of -log p(y_t)
+                "entropy": surprise / sum(row["tokens"] for row in rows),       # the mean of -log p(y_t)
                 "grad_norm": norm.item(), "rollouts": (step + 1) * len(rows),
                 **({"critique_malformed": sum(bool(row["malformed"]) for row in rows)} if malformed else {}),
                 **({"context_shortened": int(shortened)} if told.teacher_prompts is not None else {})
@@ -192,8 +194,8 @@ def guarded(signals: Signals) -> int:
         train(config, run, ranks, signals)
         message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; "
                    f"now on the test problems:\n  python eval.py {run.path}/best" +
-                   (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} "
-                    f"--temperature {config.temperature}" if config.data else ""))
+                   (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} --temperature "
+                    f"{config.temperature} --sample-batch {config.sample_batch}" if config.data else ""))
     except UserError as error:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:

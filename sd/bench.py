@@ -1,15 +1,17 @@
-"""How fast, how large, how near to what this machine can do:  python -m sd.bench [--model FOLDER] [--peer transformers|trl]
+"""How fast, how large, how near to what this machine can do.
+
+    python -m sd.bench [--model FOLDER] [--peer transformers|trl]
 
     machine       copy bandwidth and matrix products: the limits that the last column is a share of
-    generation    prefill, then one token after the other; reading weights and cache once per token is the least it can do
-    grpo ref critique    a step split into its parts; two floating-point operations per weight and token are the least
-    loss          the token-level loss alone with a vocabulary of 151,936; `dense` is the obvious form, all logits at once
+    generation    prefill, then token by token; reading weights and cache once per token is the least
+    grpo ref critique    a step by its parts; two floating-point operations per weight and token are the least
+    loss          token-level loss alone, vocabulary 151,936; `dense` is the obvious form, all logits at once
 
-Each part runs in a fresh process, as only so its peak memory is its own, and is repeated in turns with the peer's, on the
-same tokens. Rollouts never end early here, so that all forms have the same work. The fastest repetition counts.
+Each part runs in a fresh process, as only so its peak memory is its own, and in turns with the peer's, on the
+same tokens. Rollouts never end early here, so all forms have the same work. The fastest repetition counts.
 
-Simplified: the critic is the model itself, and its critiques are not read: the self-teacher is shown random words of the
-same length. What a step costs does not depend on what the words say.
+Simplified: the critic is the model itself, and its critiques are not read: the self-teacher is shown random
+words of the same length. What a step costs does not depend on what the words say.
 """
 import argparse
 import importlib.util
@@ -39,7 +41,7 @@ NEVER = (-1,)           # an EOS that no model draws
 
 
 def machine(args, device, _) -> dict:
-    """Bytes moved per second (read and written), and floating-point operations per second in the model's dtype."""
+    """Bytes per second (read and written), floating-point operations per second in the model's dtype."""
     a, x = torch.rand(2 ** 26, device=device), torch.randn(2048, 2048, device=device).to(args.torch_dtype)
     b, clock = torch.empty_like(a), Clock()
     for i in range(5):
@@ -52,31 +54,36 @@ def machine(args, device, _) -> dict:
 
 
 def generation(args, device, _) -> dict:
-    model, tokenizer, shape = load(args.model, args.torch_dtype, device)
+    model, tokenizer = load(args.model, args.torch_dtype, device)
+    shape = model.config
     prompts, size = words(tokenizer, args.batch, args.prompt, 0), args.torch_dtype.itemsize
-    times = generation_times(args, lambda new: sample(model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0),
-                                                      args.compile))
+    times = generation_times(args, lambda new: sample(
+        model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0), args.compile))
     projections, slots = parameters(shape)[1], args.prompt + args.tokens / 2                    # on average
     weights = (projections + shape.vocab_size * shape.hidden_size) * size
-    cache = 2 * shape.num_hidden_layers * args.batch * slots * shape.num_key_value_heads * shape.head_dim * size
+    cache = (2 * shape.num_hidden_layers * args.batch * slots *
+             shape.num_key_value_heads * shape.head_dim * size)
     return times | {"flop": {"prefill": 2 * projections * args.batch * args.prompt},
                     "bytes": {"decode": (weights + cache) * (args.tokens - 1)}}
 
 
 def step(args, device, cond: str) -> dict:
     """The second of two steps as train.py makes them: AdamW's moments are there by then."""
-    model, tokenizer, shape = load(args.model, args.torch_dtype, device)
+    model, tokenizer = load(args.model, args.torch_dtype, device)
+    shape = model.config
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2.0 * args.lora_rank, 0)
     config = Config(cond=cond, temperature=1.0, micro_batch=args.micro_batch, compile=args.compile)
     distilled, tokens = cond != "grpo", args.batch * args.tokens
     teacher = Teacher(args.teacher if distilled else "live", model, 0.95)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6,
+                                  weight_decay=0.0)
     group = 1 if distilled else args.batch
     prompts = words(tokenizer, args.batch // group, args.prompt, 0)
     told = Feedback(advantages=[(-1.0) ** i for i in range(args.batch)])
     if distilled:
-        told = Feedback(teacher_prompts=[p + c for p, c in zip(prompts, words(tokenizer, args.batch, args.tokens, 1))])
+        told = Feedback(teacher_prompts=[
+            p + c for p, c in zip(prompts, words(tokenizer, args.batch, args.tokens, 1))])
     noise, inner = uniforms(args.batch, args.tokens, 0), conditions.completion_hidden
 
     def timed(*of):
@@ -89,9 +96,11 @@ def step(args, device, cond: str) -> dict:
             rollouts = sample(model, prompts, NEVER, args.tokens, 1.0, group, noise, args.compile)
         if cond == "critique":
             with clock("critic"), torch.no_grad():      # it reads problem, trace and solution
-                sample(teacher.model, [t + p for t, p in zip(told.teacher_prompts, prompts)], NEVER, args.tokens, 0.0)
+                sample(teacher.model, [t + p for t, p in zip(told.teacher_prompts, prompts)], NEVER,
+                       args.tokens, 0.0)
         with clock("loss and backward"):
-            accumulate(model, teacher, [p for p in prompts for _ in range(group)], rollouts.completions(), told, config, tokens)
+            accumulate(model, teacher, [p for p in prompts for _ in range(group)], rollouts.completions(),
+                       told, config, tokens)
         with clock("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
@@ -99,7 +108,8 @@ def step(args, device, cond: str) -> dict:
     conditions.completion_hidden = inner
     clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
     a_token, head = 2 * parameters(shape)[1], 2 * shape.vocab_size * shape.hidden_size * tokens
-    forward, back = a_token * args.batch * (args.prompt + args.tokens), 1 if args.lora_rank else 2  # frozen: no gradient
+    # back: a frozen weight has no gradient of its own
+    forward, back = a_token * args.batch * (args.prompt + args.tokens), 1 if args.lora_rank else 2
     flop = {"student forward": forward, "loss and backward": back * forward + (1 + back + distilled) * head}
     if distilled:
         flop["teacher"] = a_token * args.batch * (args.prompt + 2 * args.tokens)
@@ -107,12 +117,13 @@ def step(args, device, cond: str) -> dict:
 
 
 def loss_alone(args, device, kind: str) -> dict:
-    """Forward and backward of the default divergence from hidden states to their gradient, output projection included."""
+    """Forward and backward of output projection and default divergence: hidden states to their gradient."""
     C = args.hidden
     weight = (torch.randn(VOCABULARY, C, device=device) * C ** -0.5).requires_grad_()
     student, taught = torch.randn(2, LOSS_TOKENS, C, device=device)
     ids = torch.randint(VOCABULARY, (LOSS_TOKENS,), device=device)
-    per_token, chunk = losses.of_logits("forward", 0.5, 1.0), LOSS_TOKENS if kind == "dense" else CHUNK // VOCABULARY
+    per_token, chunk = (losses.of_logits("forward", 0.5, 1.0),
+                        LOSS_TOKENS if kind == "dense" else CHUNK // VOCABULARY)
     if args.compile and kind != "dense":
         per_token = fused(per_token, device.type)
     for rows in (8, LOSS_TOKENS):                       # the first to warm up
@@ -130,12 +141,13 @@ def measure(args, name: str) -> dict:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     first, kind = name.split()[0], name.split()[-1]
-    forms = {"machine": machine, "generation": generation, "loss": loss_alone, "transformers": transformers_generation,
-             "trl": trl_step}
+    forms = {"machine": machine, "generation": generation, "loss": loss_alone,
+             "transformers": transformers_generation, "trl": trl_step}
     out = forms.get(first, step)(args, device, kind)
     if "seconds" in out:
         total = sum(out["seconds"].values())
-        out |= {"total": total, "tokens/s": (LOSS_TOKENS if first == "loss" else args.batch * args.tokens) / total}
+        out |= {"total": total,
+                "tokens/s": (LOSS_TOKENS if first == "loss" else args.batch * args.tokens) / total}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return out | {"peak bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident}
 
@@ -145,47 +157,57 @@ def in_a_process(args, name: str) -> dict:
     command = [sys.executable, "-m", "sd.bench", *args.given, "--part", name]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f"{name}: {(result.stderr.strip().splitlines() or ['ended without a word'])[-1][:300]}")
+        raise UserError(
+            f"{name}: {(result.stderr.strip().splitlines() or ['ended without a word'])[-1][:300]}")
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def table(results: dict) -> str:
-    """One line per part and split; the share is of the copy bandwidth for decoding, of the matrix rate for the rest."""
-    limit, lines = results["machine"], [f"{'':34s}{'seconds':>9s}{'tokens/s':>10s}{'peak GB':>9s}{'of limit':>10s}"]
+    """One line per part and split; the share is of copy bandwidth for decoding, else of the matrix rate."""
+    limit, lines = results["machine"], [
+        f"{'':34s}{'seconds':>9s}{'tokens/s':>10s}{'peak GB':>9s}{'of limit':>10s}"]
     for name, r in list(results.items())[1:]:
         lines.append(f"{name:34s}{r['total']:9.2f}{r['tokens/s']:10.1f}{r['peak bytes'] / 1e9:9.2f}")
         for part, seconds in r["seconds"].items():
             speed = f"{r['decode tokens/s']:.1f}" if part == "decode" else ""
             flop, moved = r.get("flop", {}).get(part, 0), r.get("bytes", {}).get(part, 0)
             share = (flop / limit["GFLOP/s"] + moved / limit["copy GB/s"]) / 1e9 / seconds
-            lines.append(f"  {part:32s}{seconds:9.2f}{speed:>10s}{'':9s}" + (f"{share:9.0%}" if share else ""))
-    return "\n".join([f"copies {limit['copy GB/s']:.1f} GB/s, matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
+            lines.append(f"  {part:32s}{seconds:9.2f}{speed:>10s}{'':9s}" +
+                         (f"{share:9.0%}" if share else ""))
+    return "\n".join([f"copies {limit['copy GB/s']:.1f} GB/s, "
+                      f"matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
 
 
 @command("sd.bench")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default=str(EMBEDDED), help="checkpoint folder (default: the embedded solver)")
-    parser.add_argument("--peer", choices=tuple(PEERS), help="measure this library beside, in turns, if it is installed")
+    parser = argparse.ArgumentParser(prog="python -m sd.bench", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--model", default=str(EMBEDDED),
+                        help="checkpoint folder (default: the embedded solver)")
+    parser.add_argument("--peer", choices=tuple(PEERS),
+                        help="measure this library beside, in turns, if it is installed")
     parser.add_argument("--parts", default=",".join(PARTS), help="which ones (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rollouts (default: 8)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a rollout (default: 64)")
     parser.add_argument("--micro-batch", type=int, default=2, help="rollouts scored at once (default: 2)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the loss alone (default: 256)")
+    parser.add_argument("--hidden", type=int, default=256,
+                        help="hidden size of the loss alone (default: 256)")
     parser.add_argument("--lora-rank", type=int, default=0, help="train an adapter (default 0: all weights)")
     parser.add_argument("--teacher", choices=("base", "live", "ema"), default="base")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: all)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="of a CPU (default: all)")
     parser.add_argument("--repeat", type=int, default=2, help="the fastest of so many counts (default: 2)")
     parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.given, args.torch_dtype = argv, getattr(torch, args.dtype)
-    if min(args.batch, args.prompt, args.tokens - 1, args.micro_batch, args.hidden, args.threads, args.repeat) < 1:
+    if min(args.batch, args.prompt, args.tokens - 1, args.micro_batch, args.hidden, args.threads,
+           args.repeat) < 1:
         parser.error("numbers must be 1 or more, --tokens 2 or more")
     if unknown := set(args.parts.split(",")) - set(PARTS):
         parser.error(f"--parts has no {unknown.pop()!r}; choose from {', '.join(PARTS)}")

@@ -68,7 +68,8 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a checkpoint folder (no config.json in it)") from None
+        raise UserError(f"{folder}: not a checkpoint folder (no config.json in it); models are not looked up "
+                        "by name, download them first") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
     if (folder / "best/config.json").exists():
@@ -130,8 +131,8 @@ def _rope_scaling(path: Path, rope: dict) -> RopeScaling | None:
 
 
 def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
-         device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer, ModelConfig]:
-    """Opens a checkpoint folder: (model, tokenizer, config), the model in `dtype` on `device`.
+         device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
+    """Opens a checkpoint folder: the model in `dtype` on `device`, its sizes in `.config`, and the tokenizer.
 
     Raises UserError if a file is missing or broken, or a tensor is missing, superfluous or of another shape.
     """
@@ -167,7 +168,7 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(), tokenizer, config
+    return model.requires_grad_(), tokenizer
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:

@@ -1,14 +1,14 @@
-"""The one place that makes things faster without changing them: packed weights, a captured decode step, a fused loss.
+"""The one place that speeds things up without changing them: packed weights, captured decoding, a fused loss.
 
-    device  without --compile                                      with --compile, beside that
-    cpu     sampling: a large model's weights packed for oneDNN    the decode step and the loss: inductor's C++ (needs g++)
-    cuda    as it is                                               decode: a CUDA graph; loss: torch.compile, cudagraphs
+    device  without --compile                            with --compile, beside that
+    cpu     sampling: a large model packed for oneDNN    decode step and loss: inductor's C++ (needs g++)
+    cuda    as it is                                     decode: a CUDA graph; loss: torch.compile, cudagraphs
 
-Every number stays the same to rounding. Shapes that vary from call to call are symbolic on a CPU, where compiling takes
-long and running does not care; on CUDA they are rounded up to a few sizes. Nothing is ever compiled with Triton.
+Every number stays the same to rounding. Shapes that vary by call are symbolic on a CPU, where compiling takes
+long and running does not care; on CUDA they are rounded up to a few sizes. Nothing is compiled with Triton.
 
-Simplified: torch's own "cudagraphs" backend takes no input as fixed, so it would copy all weights at every token and
-refuse a cache that is written in place. The decode step is therefore captured by hand, anew in each sampling call.
+Simplified: torch's own "cudagraphs" backend takes no input as fixed, so it would copy all weights at every
+token and refuse a cache written in place. So the decode step is captured by hand, anew in each sampling call.
 """
 import itertools
 import math
@@ -28,7 +28,8 @@ from sd.lora import LoRALinear
 from sd.model import Cache, Transformer
 
 SLOTS = 256             # cache slots that a captured step reads: the next multiple
-WORTH_PACKING = 16, 2 ** 23     # tokens, as it costs what two decode steps cost; weights, as a cache holds fewer anyway
+PACK_TOKENS = 16        # a sampling call of fewer does not repay packing, which costs some two decode steps
+PACK_WEIGHTS = 2 ** 23  # a model of fewer stays in the CPU's cache, packed or not
 
 Step = Callable[[Tensor, Tensor, int], Tensor]      # ids (B), positions (B), slots in use -> logits (B, V)
 
@@ -36,7 +37,8 @@ Step = Callable[[Tensor, Tensor, int], Tensor]      # ids (B), positions (B), sl
 def check_compile(device: torch.device) -> None:
     """Raises UserError if --compile cannot work here."""
     if device.type == "cpu" and not shutil.which("g++"):
-        raise UserError("--compile needs a C++ compiler on a CPU, and there is no g++; install one or leave it out")
+        raise UserError("--compile needs a C++ compiler on a CPU, and there is no g++; "
+                        "install one or leave it out")
 
 
 def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor, slots: int) -> Tensor:
@@ -45,9 +47,9 @@ def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor
 
 
 def prepared(model: Transformer, rows: int, tokens: int) -> Transformer:
-    """The model with its weights as a sampling call of at most `tokens` tokens for `rows` rollouts reads them fastest."""
+    """The model with its weights as sampling `rows` rollouts of up to `tokens` tokens reads them fastest."""
     weight, fast = model.lm_head.weight, narrowed(model)
-    pays = tokens >= WORTH_PACKING[0] and sum(p.numel() for p in model.parameters()) >= WORTH_PACKING[1]
+    pays = tokens >= PACK_TOKENS and sum(p.numel() for p in model.parameters()) >= PACK_WEIGHTS
     works = not weight.is_cuda and torch.backends.mkldnn.is_available() and (
         weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return packed(fast, rows) if pays and works else fast
@@ -63,7 +65,7 @@ def decoder(model: Transformer, cache: Cache, compile: bool) -> Step:
 
 
 def narrowed(model: Transformer) -> Transformer:
-    """A copy that shares all but its adapters, which lie in the type of the weights: cast once, not at every token."""
+    """A copy that shares all but its adapters, which lie in the weights' type: cast once, not per token."""
     kind = model.lm_head.weight.dtype
 
     def cast(module: nn.Module) -> nn.Module | None:
@@ -77,7 +79,7 @@ def narrowed(model: Transformer) -> Transformer:
 
 
 def rebuilt(module: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy of a tree of modules that shares every tensor, with `other(part)` in a part's place where that is not None."""
+    """A copy of a module tree that shares every tensor, with `other(part)` in a part's place unless None."""
     twin = copy(module)
     twin._modules = {name: other(part) or rebuilt(part, other) for name, part in module._modules.items()}
     return twin
@@ -86,13 +88,13 @@ def rebuilt(module: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -
 class Packed(nn.Module):
     """An nn.Linear whose weight lies as oneDNN reads it: a decode step with few rows is half as long.
 
-    torch.compile cannot hold such a tensor: compiled code knows it by its number, the same in every sampling call.
+    torch.compile cannot hold such a tensor: compiled code knows it by number, the same in each sampling call.
     """
 
     def __init__(self, linear: nn.Linear | LoRALinear, rows: int, number: int):
         super().__init__()
         weight, adapted = linear.weight.detach(), isinstance(linear, LoRALinear) and linear.on
-        merges = adapted and weight.dtype == torch.float32          # a narrower type would round the adapter away
+        merges = adapted and weight.dtype == torch.float32      # a narrower type would round the adapter away
         self.adapter = linear.adapter if adapted and not merges else None
         weight = linear.merged().detach() if merges else weight
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -110,17 +112,19 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-NUMBERED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()      # the weights of the sampling call that is going on
+NUMBERED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()      # the current sampling call's weights
 OPERATORS = library.Library("sd", "DEF")
 OPERATORS.define("numbered_linear(Tensor x, int number, int out, Tensor? bias) -> Tensor")
-OPERATORS.impl("numbered_linear", lambda x, number, out, bias: packed_linear(x, NUMBERED[number], bias), "CPU")
+OPERATORS.impl("numbered_linear",
+               lambda x, number, out, bias: packed_linear(x, NUMBERED[number], bias), "CPU")
 library.register_fake("sd::numbered_linear", lambda x, number, out, bias: x.new_empty(*x.shape[:-1], out))
 
 
 def packed(model: Transformer, rows: int) -> Transformer:
-    """A copy that shares everything with the model but the packed weights; stale after the next optimiser step."""
+    """A copy that shares all but the packed weights with the model; stale after the next optimiser step."""
     numbers = itertools.count()
-    return rebuilt(model, lambda part: Packed(part, rows, next(numbers)) if isinstance(part, (nn.Linear, LoRALinear)) else None)
+    return rebuilt(model, lambda part: Packed(part, rows, next(numbers))
+                   if isinstance(part, (nn.Linear, LoRALinear)) else None)
 
 
 class Captured:
@@ -145,7 +149,7 @@ class Captured:
         return logits
 
     def capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Runs the step once before, as libraries set themselves up then; that it writes its slot twice does no harm."""
+        """Runs the step once before, for libraries to set up; writing its slot twice does no harm."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -160,21 +164,22 @@ class Captured:
 @cache
 def inductor(function: Callable) -> Callable:
     """torch.compile for a CPU, for all shapes at once."""
-    sys.modules.setdefault("triton", None)      # importing it fails from now on
+    sys.modules.setdefault("triton", None)      # makes `import triton` fail, so that inductor cannot take it
     return torch.compile(function, backend="inductor", fullgraph=True, dynamic=True)
 
 
 @cache
-def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor], device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+          device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A loss of m tokens with its passes over (m, V) made one: from m rows each to one number a row.
 
-    On CUDA each number of rows is compiled for itself, so it is rounded up to a power of two from 32 on; on a CPU only a
-    single row is a case of its own.
+    On CUDA each number of rows is compiled for itself, so it is rounded up to a power of two from 32 on; on a
+    CPU only a single row is a case of its own.
     """
     if device == "cpu":
         return padded(inductor(loss), lambda rows: max(rows, 2))
     sys.modules.setdefault("triton", None)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)    # the powers of two
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)  # the powers of two
     return padded(torch.compile(loss, backend="cudagraphs", fullgraph=True, dynamic=False),
                   lambda rows: max(32, 2 ** math.ceil(math.log2(rows))))
 

@@ -1,12 +1,16 @@
 """grpo / ref / critique: what the self-teacher sees of a batch of rollouts, and the loss that follows.
 
-    L_SD  = E_{y ~ student(.|x)} [ sum_t D( student(.|x, y_<t) || stopgrad teacher(.|x, c, y_<t) ) ] / tokens
+    L_SD  = E_{y ~ student(.|x)} [ sum_t D( student(.|x, y_<t), stopgrad teacher(.|x, c, y_<t) ) ] / tokens
     grpo  = E [ sum_t -A_i log student(y_t|x, y_<t) ] / tokens,  A_i = (r_i - mean(r)) / std(r)
 
-The conditions differ in `feedback` alone. `accumulate` scores the very token ids that were sampled, under the
-student's prompt with gradient and the teacher's without, in micro-batches of similar length; the normaliser
-is the number of completion tokens in the whole batch, so the micro-batch size changes memory, not the result.
+D is KL(teacher || student) unless told otherwise. The rollout y counts as given: the gradient goes through D,
+not through the sampling of y. What a condition is told comes from `feedback` alone; the loss follows from it.
+
+`accumulate` scores the very token ids that were sampled, under the student's prompt with gradient and the
+teacher's without, in micro-batches of similar length; the normaliser is the number of completion tokens in
+the whole batch, so the micro-batch size changes memory, not the result.
 """
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -29,19 +33,23 @@ SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 @dataclass
 class Feedback:
-    """What N rollouts are told; one of the first two is set. None in their place: left out of the loss."""
+    """What N rollouts are told: `advantages`, or `teacher_prompts`, where None leaves a rollout out."""
     advantages: list[float] | None = None                  # grpo: one constant per rollout
     teacher_prompts: list[list[int] | None] | None = None  # ref, critique: problem and context
     critiques: list[Critique] | None = None
     shortened: int = 0                                     # contexts that did not fit whole
 
+    def counts(self, i: int) -> bool:
+        """Whether rollout i is in the loss and in its normaliser."""
+        return self.teacher_prompts is None or self.teacher_prompts[i] is not None
+
 
 def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: list[bool],
              rewards: list[float], group: int, critic: Critic, tokenizer: Tokenizer, limit: int) -> Feedback:
-    """The one place where the three conditions differ. `problems` has one per rollout, groups side by side.
+    """What each of the three conditions tells. `problems` has one per rollout, groups side by side.
 
-    `limit` is how many tokens a teacher's prompt may have. Raises UserError if one does not fit even without
-    its context, or if the critic cannot be reached.
+    `limit` is how many tokens a teacher's prompt may have; a context is shortened at its end to fit. Raises
+    UserError if a prompt does not fit even without its context, or if the critic cannot be reached.
     """
     if cond == "grpo":
         return Feedback(
@@ -61,6 +69,7 @@ def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: li
             if len(prompt) > limit:
                 raise UserError(f"problem {problem.id!r}: too long for the self-teacher's prompt; "
                                 "remove it or lower --max-new-tokens")
+            prompt = prompt if kept else None               # nothing is left of the context
         told.teacher_prompts.append(prompt)
     return told
 
@@ -75,13 +84,16 @@ class Teacher:
         self.kind, self.decay = kind, decay
         if kind == "ema":
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
-            self.model = deepcopy(student, frozen).requires_grad_(False)
+            self.model = deepcopy(student, frozen).requires_grad_(False)    # what is frozen is not copied
         else:
             self.model = student if kind == "live" else initial_policy(student)
 
     @torch.no_grad()
     def update(self, student: Transformer) -> None:
-        """After each optimiser step; ema: teacher = decay teacher + (1 - decay) student."""
+        """After each optimiser step; ema: teacher = decay teacher + (1 - decay) student.
+
+        Under LoRA it is A and B that are averaged, not their product.
+        """
         if self.kind == "ema":
             for mine, new in zip(self.model.parameters(), student.parameters()):
                 if mine is not new:
@@ -119,37 +131,38 @@ def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]],
 
     `tokens` normalises: the completion tokens of the whole batch, over all ranks, that are not left out.
     """
-    device, rewarded = student.lm_head.weight.device, told.teacher_prompts is None
-    per_token = losses.of_logits("grpo" if rewarded else config.divergence, config.beta, config.temperature)
+    device, grpo = student.lm_head.weight.device, told.teacher_prompts is None
+    per_token = losses.of_logits("grpo" if grpo else config.divergence, config.beta, config.temperature,
+                                 config.term_clamp or math.inf)
     if config.compile:
         per_token = fused(per_token, device.type)
     # a group whose rewards are all equal has no gradient: its tokens count, its forward pass does not happen
-    said = told.advantages if rewarded else told.teacher_prompts
-    rows = [i for i in range(len(prompts)) if said[i]]
+    signal = told.advantages if grpo else told.teacher_prompts
+    rows = [i for i in range(len(prompts)) if signal[i]]            # neither an advantage of 0 nor None
     rows.sort(key=lambda i: len(prompts[i]) + len(completions[i]))
     total = torch.zeros((), device=device)
     for start in range(0, len(rows), config.micro_batch):
         micro = rows[start:start + config.micro_batch]
-        answered = [completions[i] for i in micro]
-        ids = torch.tensor([token for c in answered for token in c], device=device)         # (M)
-        if rewarded:
-            fixed = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]],
-                                 device=device)                                             # (M)
+        written = [completions[i] for i in micro]
+        ids = torch.tensor([token for c in written for token in c], device=device)          # (M)
+        if grpo:
+            target = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]],
+                                  device=device)                                            # (M)
         else:
             with torch.no_grad():
-                fixed = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro],
-                                          answered)                                         # (M, C)
-        hidden = completion_hidden(student, [prompts[i] for i in micro], answered)          # (M, C)
+                target = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro],
+                                           written)                                         # (M, C)
+        hidden = completion_hidden(student, [prompts[i] for i in micro], written)           # (M, C)
 
         # (M, V) would be the largest tensor by far. Each chunk of tokens goes forward and at once backward to
-        # `top`, its logits gone before the next chunk's; then one backward pass goes through the model.
-        top = hidden.detach().requires_grad_()
+        # `leaf`, its logits gone before the next chunk's; then one backward pass goes through the model.
+        leaf = hidden.detach().requires_grad_()
         chunk = max(1, CHUNK // student.config.vocab_size)
         for part in (slice(at, at + chunk) for at in range(0, len(ids), chunk)):
             with torch.no_grad():
-                other = fixed[part] if rewarded else teacher.model.lm_head(fixed[part])     # (m) or (m, V)
-            loss = per_token(student.lm_head(top[part]), other, ids[part]).sum() / tokens
+                of_part = target[part] if grpo else teacher.model.lm_head(target[part])     # (m) or (m, V)
+            loss = per_token(student.lm_head(leaf[part]), of_part, ids[part]).sum() / tokens
             loss.backward()
             total += loss.detach()
-        hidden.backward(top.grad)
+        hidden.backward(leaf.grad)
     return total.item()

@@ -39,16 +39,19 @@ class Config:
                          "FOLDER, or the URL of an OpenAI-compatible server, URL#MODEL")
     critic_tokens: int = option(2048, "tokens a critique may have, thoughts included (not for symbolic)")
     # the method
-    divergence: str = option("forward", "KL(teacher||student), KL(student||teacher), JSD(beta), "
-                                        "or the sampled token's policy gradient", tuple(DIVERGENCES))
-    beta: float = option(0.5, "weight of the teacher in JSD, between 0 and 1")
-    teacher: str = option("base", "the self-teacher's weights: initial, moving average, the student's own",
-                          ("base", "ema", "live"))
+    divergence: str = option("forward", "forward KL(teacher||student), reverse KL(student||teacher), jsd "
+                                        "(beta), or sampled: policy gradient on the sampled token",
+                             tuple(DIVERGENCES))
+    beta: float = option(0.5, "weight of the teacher in jsd, between 0 and 1")
+    term_clamp: float = option(0.0, "cut each vocabulary term of the divergence off here; OPSD takes 0.05 "
+                                    "(0: not at all)")
+    teacher: str = option("base", "the self-teacher's weights: base (initial), ema (moving average), "
+                                  "live (the student's own)", ("base", "ema", "live"))
     ema_decay: float = option(0.95, "decay per step of the ema teacher")
     quoting: str = option("partial", "how a symbolic critique quotes the rollout's steps", QUOTING)
     critic_noise: float = option(0.0, "share of a symbolic critic's corrections that are wrong, on purpose")
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
-    temperature: float = option(1.1, "of the rollouts, and of both distributions in the loss")
+    temperature: float = option(1.1, "of all rollouts, also in evaluations, and of the loss's distributions")
     max_new_tokens: int = option(80, "tokens a rollout may have")
     # the optimisation
     lr: float = option(4e-4, "AdamW's learning rate, constant")
@@ -58,7 +61,7 @@ class Config:
     clip: float = option(1.0, "largest gradient norm")
     lora_rank: int = option(0, "rank of the LoRA adapter (0: train all weights)")
     lora_alpha: float = option(128.0, "the adapter is scaled by alpha / rank")
-    # memory and speed; but for dtype they are MACHINE
+    # memory and speed: all but dtype are in MACHINE
     device: str = option("", "cpu or cuda (default: cuda if there is one)")
     dtype: str = option("float32", "of the weights; bfloat16 needs an adapter, which stays in float32",
                         ("float32", "bfloat16"))
@@ -78,7 +81,7 @@ class Config:
 
     @property
     def critic_batch(self) -> int:
-        """Critiques at once: with the trace it reads and its thoughts, one is some four rollouts long."""
+        """Critiques written at once; prompt, trace and thoughts make one about four rollouts long."""
         return max(1, self.sample_batch // 4)
 
     @property
@@ -102,11 +105,11 @@ class Config:
                      "lora_alpha", "micro_batch", "sample_batch", "eval_every", "eval_samples"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("steps", "lora_rank"):
+        for name in ("steps", "lora_rank", "term_clamp"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
-            raise UserError("--beta must be between 0 and 1; its ends are --divergence reverse and forward")
+            raise UserError("--beta must be between 0 and 1; its ends are --divergence forward and reverse")
         for name in ("ema_decay", "critic_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, "
@@ -134,7 +137,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-# What the paper lists. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
+# What the paper lists, but for its critic of 32 billion weights: here the initial policy, so that one GPU is
+# enough. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
 PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8,
                          lora_rank=64, lora_alpha=128.0, divergence="forward", teacher="base",
                          dtype="bfloat16", eval_every=10, eval_samples=12, critic="self", critic_tokens=8192,
@@ -178,8 +182,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
         config = Config(**values)
     config.check()
     if args.plan is None:
-        if args.preset and not config.model:
-            raise UserError(f"--preset {args.preset} needs --model, "
+        if args.preset and not (config.model and config.data):
+            raise UserError(f"--preset {args.preset} needs --data and --val, your problems, and --model, "
                             "the folder of a checkpoint such as Qwen3-1.7B")
         device = config.torch_device  # raises UserError if it is not there; a plan may be for another machine
         if config.compile:

@@ -54,6 +54,8 @@ class SymbolicCritic:
             pairs = tt.read_problem(problem.problem)
         except ValueError as error:
             raise UserError(f"problem {problem.id}: the symbolic critic cannot read it, {error}") from None
+        if not equal(problem.answer, str(sum(a * b for a, b in pairs))):
+            raise UserError(f"problem {problem.id}: its answer is not the sum of its products; mend it")
         trace = parse(text)
         written = list(trace.steps)
         if truncated and written and trace.answer is None and not written[-1].closed:
@@ -68,14 +70,14 @@ class SymbolicCritic:
         verdicts = tt.check(tt.State(list(order)), texts)
         wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind in wrong_kinds), None)
         state = tt.State(list(order))
-        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])  # the derivation's state before it
+        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])  # again, to where it went wrong
         condense = wrong is None and not answered           # case C
-        texts, inserted = [], False
+        critique, inserted = [], False
         for verdict, step in zip(verdicts[:wrong], written):
-            texts += map(str, verdict.missing)
+            critique += map(str, verdict.missing)
             inserted |= bool(verdict.missing)
             if not (condense and verdict.kind == "again"):
-                texts.append("correct" if self.quoting == "omit" else step.text)
+                critique.append("correct" if self.quoting == "omit" else step.text)
         if wrong is not None:
             fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, notation)
             if (fixed is not None and fixed.product
@@ -84,14 +86,14 @@ class SymbolicCritic:
             if fixed is not None:                   # None: the derivation was complete, the step superfluous
                 state.apply(fixed)
                 notation = fixed.notation
-                texts.append(self._fix(written[wrong].text, str(fixed)))
+                critique.append(self._fix(written[wrong].text, str(fixed)))
         rest = list(map(str, tt.derive(state, interleaved, notation)))
         answer = str(state.pool[0]) if self.noise and len(state.pool) == 1 else problem.answer
         if wrong is None and answered and not equal(trace.answer.text, problem.answer):
             wrong = len(written)
             answer = self._fix(trace.answer.text, answer)
         case = "D" if wrong is not None else "C" if not answered else "B" if inserted or rest else "A"
-        return Critique(case, render(texts + rest, answer), wrong)
+        return Critique(case, render(critique + rest, answer), wrong)
 
     def _fix(self, wrong: str, right: str) -> str:
         return f"{wrong}, so {right} is correct" if self.quoting == "full" else right
@@ -125,8 +127,13 @@ def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:
         order.append((equation.left, equation.right) if match else None)
         if match:
             left.remove(match)
-    order = [pair or (left.pop(0) if left else None) for pair in order]
-    return [pair for pair in order if pair] + left
+    filled = []
+    for pair in order:
+        if pair is None and left:
+            pair = left.pop(0)
+        if pair is not None:
+            filled.append(pair)
+    return filled + left
 
 
 def _corrected(state: tt.State, equation: tt.Equation | None) -> tt.Equation | None:

@@ -1,14 +1,17 @@
-"""The paper's claims and a few questions beyond it, each over seeds: one command, one table, nothing chosen by hand.
+"""The paper's claims and further questions, each over seeds: one command, one table, nothing chosen by hand.
 
-    python -m sd.experiment main --seeds 5          grpo, ref, critique
-    python -m sd.experiment alignment               ref, with references from near to far of the solver's own derivation
-    python -m sd.experiment quoting                 critiques that quote partially, fully, not at all
+    python -m sd.experiment main --seeds 5  grpo, ref, critique
+    python -m sd.experiment alignment       ref, with references from near to far of the solver's derivation
+    python -m sd.experiment quoting         critiques that quote partially, fully, not at all
     also: divergence, teacher, critic-noise, scale
 
-Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from what they do.
-A run that is finished is skipped, or copied if another experiment made it; one that was killed goes on. Tables come from
-stored results alone: OUT/NAME/table.md and results.json are the same to the digit when made again. Checkpoints are chosen on validation problems, measured on test
-problems; intervals are bootstraps over seeds and problems together.
+Further options go to train.py: --steps 20 for a quick look.
+
+Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from
+what they do. A run that is finished is skipped, or copied if another experiment made it; one that was killed
+goes on. Tables come from stored results alone: OUT/NAME/table.md and results.json are the same to the digit
+when made again. Checkpoints are chosen on validation problems, measured on test problems; intervals are
+bootstraps over seeds and problems together.
 """
 import argparse
 import json
@@ -37,7 +40,7 @@ from sd.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = Path(__file__).parent / "assets/alignment.template.svg"
-REFERENCES = ("same", "worded", "half", "reordered", "decomposed")     # from the solver's own derivation outwards
+REFERENCES = ("same", "worded", "half", "reordered", "decomposed")    # from the solver's derivation outwards
 
 
 def arms(name: str, out: Path) -> dict[str, list[str]]:
@@ -49,7 +52,8 @@ def arms(name: str, out: Path) -> dict[str, list[str]]:
         return {f"ref {kind}": ref + write_references(kind, out / "data") for kind in REFERENCES} | {
             "critique": critique, "grpo": grpo}
     if name == "quoting":
-        return {f"critique {how}": critique + ["--quoting", how] for how in ("partial", "full", "omit")} | {"ref": ref}
+        return {f"critique {how}": critique + ["--quoting", how]
+                for how in ("partial", "full", "omit")} | {"ref": ref}
     if name == "divergence":
         return {f"{c[1]} {d}": c + ["--divergence", d] for c in (ref, critique) for d in losses.DIVERGENCES}
     if name == "teacher":
@@ -57,11 +61,12 @@ def arms(name: str, out: Path) -> dict[str, list[str]]:
     if name == "critic-noise":
         return {f"critique {noise:.0%} wrong": critique + ["--critic-noise", str(noise)]
                 for noise in (0.0, 0.1, 0.25, 0.5)} | {"ref": ref}
-    return {f"{c[1]} width {width}": c + solver_options(width, out) for width in (64, 128) for c in (grpo, ref, critique)}
+    return {f"{c[1]} width {width}": c + solver_options(width, out)
+            for width in (64, 128) for c in (grpo, ref, critique)}
 
 
 def reference(problem: Problem, kind: str) -> str:
-    """A reference solution of one kind; the facts are the same, the derivation moves away from the solver's."""
+    """A reference solution of one kind: the facts stay, the derivation moves away from the solver's."""
     pairs, rng = tt.read_problem(problem.problem), random.Random(f"{problem.id} {kind}")
     if kind == "same":
         equations = tt.derive(tt.State(list(pairs)), False, tt.SYMBOLS)
@@ -73,7 +78,8 @@ def reference(problem: Problem, kind: str) -> str:
     if kind != "decomposed":
         return tt.reference_text(pairs, [a * b for a, b in pairs])
     parts = [f"{a} multiplied by {b // 2} makes {a * (b // 2)}, then {a} multiplied by {b - b // 2} makes "
-             f"{a * (b - b // 2)}, then {a * (b // 2)} plus {a * (b - b // 2)} gives {a * b}" for a, b in pairs]
+             f"{a * (b - b // 2)}, then {a * (b // 2)} plus {a * (b - b // 2)} gives {a * b}"
+             for a, b in pairs]
     return "first " + ", then ".join(parts) + f", so {problem.answer} is correct"
 
 
@@ -104,7 +110,7 @@ def started(command: list[str], threads: int) -> None:
 
 
 def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
-    """Trains and measures one arm with one seed, unless that is done. Raises UserError if another run is in its folder."""
+    """Trains and measures one arm and seed unless done. Raises UserError if another run is in its folder."""
     python, result = sys.executable, folder / "test.json"
     wanted = parse_config("", [*options, "--seed", str(seed), *extra])[0]
     if serves(folder, wanted) is False:
@@ -112,7 +118,7 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
     if result.exists() or copied(folder, wanted):
         return
     if any(folder.glob("state-*.safetensors")):
-        started([python, "train.py", "--resume", str(folder)], threads)      # nothing, if it had come to its end
+        started([python, "train.py", "--resume", str(folder)], threads)    # nothing if it had come to its end
     else:
         shutil.rmtree(folder, ignore_errors=True)           # killed before it had begun
         started([python, "train.py", *options, "--seed", str(seed), "--out", str(folder), *extra], threads)
@@ -120,7 +126,8 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
     test = ["--test", f"{model}/test.jsonl"] if model else []
     if kept := sorted(folder.glob("step-*")):
         started([python, "eval.py", *map(str, kept), *test, "--json", str(folder / "kept.json")], threads)
-    started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)      # last: then it is done
+    # last: once it is there, the run is done
+    started([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
 
 
@@ -134,7 +141,7 @@ def serves(folder: Path, wanted: Config) -> bool | None:
 
 
 def copied(folder: Path, wanted: Config) -> bool:
-    """Whether another experiment in the same place has a finished run of these options, which then is this one too."""
+    """Whether another experiment in OUT has a finished run of these options, which then is this one too."""
     for result in sorted(folder.parent.parent.glob("*/*/test.json")):
         if serves(result.parent, wanted):
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,49 +163,55 @@ def summary(out: Path, names: list[str], seeds: int) -> dict:
     for name in names:
         folders = [out / f"{slug(name)}-{seed}" for seed in range(seeds)]
         tests = [json.loads((f / "test.json").read_text()) for f in folders]
-        rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+        rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+                for f in folders]
         arm = {key: [t[key]["mean"] for t in tests] for key in ("avg@12", "maj@12", "pass@12")}
         arm["length"] = float(np.mean([t["mean_length"] for t in tests]))
         arm["rollouts"] = max(row.get("rollouts", 0) for row in rows[0])
         arm["seconds"] = float(np.mean([r[-1]["seconds"] for r in rows]))
         if all((f / "kept.json").exists() for f in folders):
             every = [json.loads((f / "kept.json").read_text()) for f in folders]
-            arm["best checkpoint per metric"] = {key: [max(t[key]["mean"] for t in of_run) for of_run in every]
-                                                 for key in ("avg@12", "maj@12", "pass@12")}
+            arm["best checkpoint per metric"] = {
+                key: [max(t[key]["mean"] for t in of_run) for of_run in every]
+                for key in ("avg@12", "maj@12", "pass@12")}
         arms[name] = arm
         per_problem[name] = 100 * np.array([t["values"]["avg"] for t in tests])          # (seeds, problems)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if per_problem[a].shape == per_problem[b].shape]
-    differences = {f"{a} - {b}": [float((per_problem[a] - per_problem[b]).mean()), *interval(per_problem[a] - per_problem[b])]
-                   for a, b in pairs}
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]
+             if per_problem[a].shape == per_problem[b].shape]
+    differences = {f"{a} - {b}": [float((per_problem[a] - per_problem[b]).mean()),
+                                  *interval(per_problem[a] - per_problem[b])] for a, b in pairs}
     return {"seeds": seeds, "arms": arms, "differences in avg@12": differences}
 
 
 def table(result: dict) -> str:
     """The summary in Markdown."""
-    spread = lambda values: f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    spread = lambda values: f"{np.mean(values):.1f}" + (
+        f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
     columns = ["avg@12", "maj@12", "pass@12"]
     lines = ["| | Avg@12 | Maj@12 | Pass@12 | length | rollouts | seconds |", "|---|---|---|---|---|---|---|"]
     for name, arm in result["arms"].items():
         lines.append(f"| {name} | {' | '.join(spread(arm[key]) for key in columns)} | {arm['length']:.1f} | "
                      f"{arm['rollouts']:,} | {arm['seconds']:.0f} |")
-    lines += ["", f"{result['seeds']} seeds, mean ± standard deviation; test problems, checkpoint chosen on validation.", "",
-              "| difference in Avg@12 | mean | 95 % interval |", "|---|---|---|"]
+    lines += ["", f"{result['seeds']} seeds, mean ± standard deviation; test problems, checkpoint chosen "
+              "on validation.", "", "| difference in Avg@12 | mean | 95 % interval |", "|---|---|---|"]
     lines += [f"| {name} | {mean:+.1f} | {low:+.1f} to {high:+.1f} |"
               for name, (mean, low, high) in result["differences in avg@12"].items()]
     if any("best checkpoint per metric" in arm for arm in result["arms"].values()):
-        lines += ["", "The paper's way, the best checkpoint for each metric on the test problems themselves (optimistic):", "",
-                  "| | Avg@12 | Maj@12 | Pass@12 |", "|---|---|---|---|"]
-        lines += [f"| {name} | {' | '.join(spread(arm['best checkpoint per metric'][key]) for key in columns)} |"
-                  for name, arm in result["arms"].items() if "best checkpoint per metric" in arm]
+        lines += ["", "The paper's way, the best checkpoint for each metric on the test problems themselves "
+                  "(optimistic):", "", "| | Avg@12 | Maj@12 | Pass@12 |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {' | '.join(spread(arm['best checkpoint per metric'][key]) for key in columns)} |"
+            for name, arm in result["arms"].items() if "best checkpoint per metric" in arm]
     if distances := result.get("distance"):
-        lines += ["", "| reference | KL(teacher, student) on correct steps, nats per token | Avg@12 |", "|---|---|---|"]
+        lines += ["", "| reference | KL(teacher, student) on correct steps, nats per token | Avg@12 |",
+                  "|---|---|---|"]
         lines += [f"| {name} | {value:.4f} | {np.mean(result['arms'][name]['avg@12']):.1f} |"
                   for name, value in distances.items()]
     return "\n".join(lines) + "\n"
 
 
 def distance(name: str, problems: list[Problem], model, tokenizer: Tokenizer) -> float:
-    """How far a context is from the solver: mean KL(teacher || student) over the tokens of correct steps, at the start."""
+    """How far a context is from the initial solver: KL(teacher || student) per token of correct steps."""
     critic, prompts = SymbolicCritic(), [tokenizer.student_prompt(p.problem) for p in problems]
     out = sample(model, prompts, tokenizer.eos, Config.max_new_tokens, Config.temperature, 1,
                  uniforms(len(problems), Config.max_new_tokens, 0, "distance"))
@@ -212,32 +225,35 @@ def distance(name: str, problems: list[Problem], model, tokenizer: Tokenizer) ->
         kind = "critique" if name == "critique" else "ref"
         context = critique.text if name == "critique" else reference(problem, name.split()[1])
         with torch.no_grad():
-            scored = [losses.log_probs(model.lm_head(completion_hidden(model, [p], [ids])[:end]), Config.temperature)
+            scored = [losses.log_probs(model.lm_head(completion_hidden(model, [p], [ids])[:end]),
+                                       Config.temperature)
                       for p in (prompt, tokenizer.teacher_prompt(problem.problem, kind, context))]
         total, count = total + losses.forward_kl(*scored, None).sum().item(), count + end
     return total / max(1, count)
 
 
 def figure(result: dict) -> str:
-    """Avg@12 against the measured distance of each context, as an SVG that follows the reader's light or dark scheme."""
+    """Avg@12 against each context's measured distance, as an SVG in the reader's light or dark scheme."""
     avg = {name: float(np.mean(arm["avg@12"])) for name, arm in result["arms"].items()}
     spread = {name: float(np.std(arm["avg@12"])) for name, arm in result["arms"].items()}
     distances = result["distance"]
     low, high = np.log10(min(distances.values())) - 0.15, np.log10(max(distances.values())) + 0.15
     x = lambda value: 60 + 460 * (np.log10(value) - low) / (high - low)         # logarithmic
     y = lambda value: 290 - 2.6 * value
-    parts = [f'<path class="rule" d="M60 {y(v):.0f}H520"/><text class="end" x="52" y="{y(v) + 4:.0f}">{v}</text>'
-             for v in range(0, 101, 20)]
-    parts += [f'<text class="middle" x="{x(v):.0f}" y="308">{v:g}</text>' for v in (0.01, 0.03, 0.1, 0.3, 1, 3)
-              if low <= np.log10(v) <= high]
+    parts = [f'<path class="rule" d="M60 {y(v):.0f}H520"/>'
+             f'<text class="end" x="52" y="{y(v) + 4:.0f}">{v}</text>' for v in range(0, 101, 20)]
+    parts += [f'<text class="middle" x="{x(v):.0f}" y="308">{v:g}</text>'
+              for v in (0.01, 0.03, 0.1, 0.3, 1, 3) if low <= np.log10(v) <= high]
     parts += [f'<path class="{name} line" d="M60 {y(avg[name]):.1f}H520"/>'
               f'<text class="{name}" x="526" y="{y(avg[name]) + below:.0f}">{name}</text>'
               for name, below in zip(sorted(("grpo", "critique"), key=avg.get), (11, -3))]
     for i, (name, distance) in enumerate(distances.items()):
         at, value, (kind, *which) = x(distance), avg[name], name.split()
-        parts.append(f'<path class="{kind} line" d="M{at:.1f} {y(value - spread[name]):.1f}V{y(value + spread[name]):.1f}"/>'
+        parts.append(f'<path class="{kind} line" d="M{at:.1f} {y(value - spread[name]):.1f}'
+                     f'V{y(value + spread[name]):.1f}"/>'
                      f'<circle class="{kind}" cx="{at:.1f}" cy="{y(value):.1f}" r="4"/>' +
-                     "".join(f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{w}</text>' for w in which))
+                     "".join(f'<text x="{at + 8:.1f}" y="{y(value) + (-6 if i % 2 else 13):.1f}">{w}</text>'
+                             for w in which))
     return FIGURE.read_text().replace("<!--PARTS-->", "\n".join(parts))
 
 
@@ -249,13 +265,15 @@ def slug(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd.experiment", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher", "critic-noise", "scale"))
+    parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher",
+                                         "critic-noise", "scale"))
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="(default: experiments)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--optimistic", action="store_true", help="also measure every checkpoint on the test problems, to "
-                        "report as the paper does")
-    args, extra = parser.parse_known_args()             # what is left goes to train.py: --steps 20, say, for a quick look
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                        help="runs at a time, one thread each")
+    parser.add_argument("--optimistic", action="store_true", help="also measure every checkpoint on the "
+                        "test problems, to report as the paper does")
+    args, extra = parser.parse_known_args()     # the rest goes to train.py: --steps 20, say, for a quick look
     out = (args.out / args.name).resolve()
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
@@ -274,13 +292,14 @@ def main() -> None:
             raise
     result = summary(out, list(options), args.seeds)
     if args.name == "alignment":
-        model, tokenizer, _ = load(EMBEDDED)
+        model, tokenizer = load(EMBEDDED)
         result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
                               for name in options if name != "grpo"}
         write_atomic(out / "figure.svg", figure(result))
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_atomic(out / "table.md", table(result))
-    write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)], out / "report.html")
+    write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)],
+                 out / "report.html")
     print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
 
 

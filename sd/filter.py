@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
                          help="and at least so many: what a critic can solve (default: 0)")
     command.add_argument("--temperature", type=float, default=Config.temperature,
                          help="(default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=int, default=2048, help="(default: 2048)")
+    command.add_argument("--max-new-tokens", type=int, help="(default: 2048; 80 for the embedded solver)")
     command.add_argument("--sample-batch", type=int, default=64,
                          help="rollouts sampled at once (default: 64)")
     command.add_argument("--seed", type=int, default=0)
@@ -51,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     command.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
     args = parser.parse_args()
+    if args.max_new_tokens is None:
+        args.max_new_tokens = Config.max_new_tokens if args.model == EMBEDDED else 2048
     if args.compile:
         check_compile(pick_device(args.device))
     if (min(args.samples, args.max_new_tokens, args.sample_batch) < 1
@@ -90,12 +92,13 @@ def key(p: Problem) -> str:
 def main() -> None:
     args = parse_args()
     problems = read_problems(args.data)
-    model, tokenizer, shape = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
+    room = model.config.max_position_embeddings
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
     for p in problems:
-        if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > shape.max_position_embeddings:
+        if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > room:
             raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
-                            f"{shape.max_position_embeddings} tokens; remove it or lower that")
+                            f"{room} tokens; remove it or lower that")
     settings = {name: str(getattr(args, name)) for name in counted}
     path, start = args.out.with_name(args.out.name + ".counts.jsonl"), time.time()
     counts = known_counts(path, settings)

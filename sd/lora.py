@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         if base.bias is not None:
             base.bias.requires_grad_(False)
-        bound = 1 / math.sqrt(base.in_features)
+        bound = 1 / math.sqrt(base.in_features)         # PEFT's: kaiming_uniform with a = sqrt(5)
         down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=source)
         self.lora_A = nn.Parameter(down.to(base.weight.device))                 # (r, in), float32
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank,

@@ -21,23 +21,29 @@ def log_probs(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+def forward_kl(student: Tensor, teacher: Tensor, ids: Tensor, clamp: float = math.inf) -> Tensor:
     """KL(teacher || student) = sum_v teacher_v (log teacher_v - log student_v): the paper's, our default."""
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return over_vocabulary(teacher.exp() * (teacher - student), clamp)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+def reverse_kl(student: Tensor, teacher: Tensor, ids: Tensor, clamp: float = math.inf) -> Tensor:
     """KL(student || teacher) = sum_v student_v (log student_v - log teacher_v)."""
-    return (student.exp() * (student - teacher)).sum(-1)
+    return over_vocabulary(student.exp() * (student - teacher), clamp)
 
 
-def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5) -> Tensor:
+def jsd(student: Tensor, teacher: Tensor, ids: Tensor, beta: float = 0.5, clamp: float = math.inf) -> Tensor:
     """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
 
     Here 0 < beta < 1: at the ends it tends to 0, not to the KLs; these are `forward_kl` and `reverse_kl`.
     """
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
-    return beta * forward_kl(mixture, teacher, ids) + (1 - beta) * forward_kl(mixture, student, ids)
+    of_teacher, of_student = teacher.exp() * (teacher - mixture), student.exp() * (student - mixture)
+    return over_vocabulary(torch.lerp(of_student, of_teacher, beta), clamp)
+
+
+def over_vocabulary(terms: Tensor, clamp: float) -> Tensor:
+    """Sums (M, V) to (M), each term cut off at `clamp`: OPSD's remedy if a few tokens rule the gradient."""
+    return (terms if clamp == math.inf else terms.clamp(max=clamp)).sum(-1)
 
 
 def sampled_token(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
@@ -79,22 +85,26 @@ def of_token(logprobs: Tensor, ids: Tensor) -> Tensor:
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jsd, "sampled": sampled_token}
 
 
-def divergence(name: str, beta: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The per-token loss of self-distillation called `name`; `beta` is jsd's."""
-    if name == "jsd":
-        return lambda student, teacher, ids: jsd(student, teacher, ids, beta)
-    return DIVERGENCES[name]
+def divergence(name: str, beta: float,
+               clamp: float = math.inf) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The per-token loss of self-distillation called `name`; `beta` is jsd's, and sampled has no terms."""
+    if name == "sampled":
+        return sampled_token
+    given = {"clamp": clamp} | ({"beta": beta} if name == "jsd" else {})
+    return lambda student, teacher, ids: DIVERGENCES[name](student, teacher, ids, **given)
 
 
 @cache
-def of_logits(name: str, beta: float, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The whole loss of m tokens from logits (m, V), one number each: what --compile compiles.
+def of_logits(name: str, beta: float, temperature: float,
+              clamp: float = math.inf) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """loss(student's logits (m, V), teacher's logits (m, V), ids (m)) -> (m): what --compile compiles.
 
-    Of the student's logits, the teacher's, and the ids; for "grpo" the advantages (m) in the teacher's place.
+    For "grpo" the advantages (m) stand in the teacher's place. The same options give the same function
+    object, so that it is compiled once.
     """
     if name == "grpo":
         return lambda logits, advantage, ids: policy_gradient(
             of_token(log_probs(logits, temperature), ids), advantage)
-    per_token = divergence(name, beta)
+    per_token = divergence(name, beta, clamp)
     return lambda logits, teacher, ids: per_token(
         log_probs(logits, temperature), log_probs(teacher, temperature), ids)

@@ -11,7 +11,7 @@ import torch
 
 from sd import UserError
 from sd.answers import equal, final_answer
-from sd.critic import Critic, SymbolicCritic
+from sd.critic import SymbolicCritic
 from sd.model import Transformer
 from sd.problems import Problem
 from sd.ranks import Ranks
@@ -65,12 +65,11 @@ def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
              temperature: float, max_new_tokens: int, seed: int, context: str | None = None,
-             critic: Critic | None = None, rows: int = 400, ranks: Ranks | None = None,
-             compile: bool = False) -> Scores:
+             rows: int = 400, ranks: Ranks | None = None, compile: bool = False) -> Scores:
     """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
 
-    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the critic's critique of a
-    rollout sampled first (if malformed, nothing). Raises UserError if a prompt does not fit the model.
+    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the symbolic critique of a
+    rollout sampled first. Raises UserError if a prompt does not fit the model.
     """
     mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
     part = problems[mine]
@@ -95,19 +94,19 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
         first = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
                                 draws("evaluate, first"), rows, compile)
         owners = [p for p in part for _ in range(samples)]
-        critiques = (critic or SymbolicCritic()).batch(
-            owners, list(map(tokenizer.decode, first.completions())), first.truncated.tolist())
-        prompts, group = [tokenizer.student_prompt(p.problem) if c.malformed else
-                          tokenizer.teacher_prompt(p.problem, "critique", c.text)
-                          for p, c in zip(owners, critiques)], 1
+        critiques = SymbolicCritic().batch(owners, list(map(tokenizer.decode, first.completions())),
+                                           first.truncated.tolist())
+        group = 1                       # each rollout has a critique, and so a prompt, of its own
+        prompts = [tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)]
     out = sample_in_parts(model, fitting(prompts), tokenizer.eos, max_new_tokens, temperature, group,
                           draws("evaluate"), rows, compile)
     found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
              for c, cut in zip(out.completions(), out.truncated.tolist())]
     found = ranks.gather(found) if ranks else found
-    answers, lengths, truncated = ([row[i:i + samples] for i in range(0, len(row), samples)]
-                                   for row in zip(*found))
-    return scores(answers, problems, np.array(lengths), np.array(truncated))
+    answers, lengths, truncated = zip(*found)                                               # (P * k) each
+    answers = [answers[i:i + samples] for i in range(0, len(answers), samples)]             # (P, k)
+    return scores(answers, problems, np.array(lengths).reshape(-1, samples),
+                  np.array(truncated).reshape(-1, samples))
 
 
 def scores(answers: list[list[str | None]], problems: list[Problem], lengths: np.ndarray,

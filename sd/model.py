@@ -8,7 +8,7 @@ With `recompute` a block keeps only its input for the backward pass and computes
 (activation checkpointing): a third more work, and the memory of one layer instead of all.
 
 Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count from 0 in
-every row, and no mask has to be built for scoring: that a pad id could be mistaken for EOS cannot happen.
+every row, and no mask has to be built for scoring: a pad id can never be mistaken for EOS.
 
 Letters: B rows, T tokens, S slots, H query and K key/value heads, D head size, C hidden size, V vocabulary.
 """
@@ -64,7 +64,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/D), in float32; `positions` is (B, T) or (T)."""
+    """cos and sin (…, T, D) of position * theta^(-2i/D), in float32, to multiply (B, H, T, D) with.
+
+    So `positions` is (T), the same for all rows, or (B, 1, T).
+    """
     steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequency = config.rope_theta ** -steps                                                 # (D/2)
     if (scaling := config.rope_scaling) is not None:
@@ -94,7 +97,7 @@ class Cache:
         self.k = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]   # each (B, K, S, D)
         self.v = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
 
-    def rows(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> None:
         """Keeps (or repeats) rows: one prefill serves a whole group, and finished rows stop costing."""
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):       # one layer after another: never two caches at a time
@@ -130,7 +133,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.k[layer][:, :, :T] = k
                 cache.v[layer][:, :, :T] = v
-            # flash has no float32, and on CUDA only it takes fewer key heads
+            # float32 on CUDA: flash attention has none, and the other fast kernel takes no fewer key heads
             if q.is_cuda and q.dtype == torch.float32:
                 k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True,

@@ -1,7 +1,7 @@
-"""The work of sd/bench.py done by others, on the same tokens and at the same setting: transformers' and TRL's own forms.
+"""The work of sd/bench.py done by others, on the same tokens and setting: transformers' and TRL's own forms.
 
-Both get the folder of a checkpoint, and are imported only if asked for. TRL is given text, hence prompts of whole words.
-Above them is what both sides use: the clock and the prompts.
+Both get the folder of a checkpoint, and are imported only if asked for. TRL is given text, hence prompts of
+whole words. Above them is what both sides use: the clock and the prompts.
 """
 import os
 import random
@@ -30,17 +30,17 @@ class Clock(Counter):
 
 
 def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
-    """Random prompts of `tokens` tokens, each a word of its own, so that a peer which is given text has the same ids."""
+    """Random prompts of `tokens` tokens, each a whole word, so that a peer given text has the same ids."""
     rng = random.Random(seed)
-    whole = [i for i in range(tokenizer.vocab_size) if (text := tokenizer.decode([i]))[:1] == " " and text[1:].isalpha()
-             and text.isascii()] or range(tokenizer.vocab_size)
+    whole = [i for i in range(tokenizer.vocab_size) if (text := tokenizer.decode([i]))[:1] == " "
+             and text[1:].isalpha() and text.isascii()] or range(tokenizer.vocab_size)
     return [rng.choices(whole, k=tokens) for _ in range(rows)]
 
 
 def generation_times(args, draw) -> dict:
     """Of `draw(n)`, which generates n tokens: for the prompts with the first token, and for all further ones.
 
-    For a single token our weights are not packed; that they are for more, and with them the prompts faster, counts as decoding.
+    For one token our weights are not packed; that they are for more, and prompts faster, counts as decoding.
     """
     clock = Clock()
     draw(args.tokens if args.compile else 2)            # what is set up once is not counted
@@ -49,16 +49,18 @@ def generation_times(args, draw) -> dict:
     with clock("all"):
         draw(args.tokens)
     prefill, decode = clock["prefill"], max(clock["all"] - clock["prefill"], 1e-9)      # two noisy numbers
-    return {"seconds": {"prefill": prefill, "decode": decode}, "decode tokens/s": args.batch * (args.tokens - 1) / decode}
+    return {"seconds": {"prefill": prefill, "decode": decode},
+            "decode tokens/s": args.batch * (args.tokens - 1) / decode}
 
 
 def transformers_generation(args, device, _) -> dict:
     from transformers import AutoModelForCausalLM
-    ids = torch.tensor(words(Tokenizer(Path(args.model) / "tokenizer.json"), args.batch, args.prompt, 0), device=device)
+    ids = torch.tensor(words(Tokenizer(Path(args.model) / "tokenizer.json"), args.batch, args.prompt, 0),
+                       device=device)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.torch_dtype).to(device).train(False)
     return generation_times(args, lambda new: model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, pad_token_id=0))
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0))
 
 
 def trl_step(args, device, cond: str) -> dict:
@@ -67,9 +69,10 @@ def trl_step(args, device, cond: str) -> dict:
     from datasets import Dataset
     from transformers import TrainerCallback
     tokenizer = Tokenizer(Path(args.model) / "tokenizer.json")
-    common = dict(output_dir="/tmp/sd-bench-trl", per_device_train_batch_size=args.batch, max_completion_length=args.tokens,
-                  generation_kwargs={"min_new_tokens": args.tokens}, max_steps=2, learning_rate=1e-6, temperature=1.0,
-                  bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", use_cpu=device.type == "cpu",
+    common = dict(output_dir="/tmp/sd-bench-trl", per_device_train_batch_size=args.batch,
+                  max_completion_length=args.tokens, generation_kwargs={"min_new_tokens": args.tokens},
+                  max_steps=2, learning_rate=1e-6, temperature=1.0, bf16=False, gradient_checkpointing=False,
+                  report_to=[], save_strategy="no", use_cpu=device.type == "cpu",
                   model_init_kwargs={"dtype": args.dtype}, disable_tqdm=True, logging_strategy="no")
     adapter = None
     if args.lora_rank:
@@ -78,16 +81,17 @@ def trl_step(args, device, cond: str) -> dict:
     texts = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.prompt, 0)]
     if cond == "grpo":
         from trl import GRPOConfig, GRPOTrainer
-        trainer = GRPOTrainer(args.model, lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-                              GRPOConfig(num_generations=args.batch, **common), Dataset.from_dict({"prompt": texts}),
-                              peft_config=adapter)
+        trainer = GRPOTrainer(args.model,
+                              lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+                              GRPOConfig(num_generations=args.batch, **common),
+                              Dataset.from_dict({"prompt": texts}), peft_config=adapter)
     else:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
         shown = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.tokens, 1)]
-        trainer = SDFTTrainer(args.model, SDFTConfig(num_generations=1, teacher_model_kind=args.teacher, top_k=0,
-                              teacher_prompt_template="{prompt}{privileged_context}", distillation_mode="full_logits",
-                              **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}),
-                              peft_config=adapter)
+        trainer = SDFTTrainer(args.model, SDFTConfig(
+            num_generations=1, teacher_model_kind=args.teacher, top_k=0,
+            teacher_prompt_template="{prompt}{privileged_context}", distillation_mode="full_logits",
+            **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}), peft_config=adapter)
     clock = Clock()
 
     class Watch(TrainerCallback):

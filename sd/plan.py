@@ -1,9 +1,9 @@
-"""What a configuration needs, before anything is loaded: memory per device by part, and the work of the whole run.
+"""What a configuration needs, before anything is loaded: memory per device by part, and the whole run's work.
 
-Sizes follow from config.json alone. Of the phases of a step only one is alive at a time, so the peak is what always stays
-plus the largest of them. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a rollout, and rollouts that
-run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so leave a tenth free; glibc on a
-CPU was seen to keep a third more.
+Sizes follow from config.json alone. Of the phases of a step only one is alive at a time, so the peak is what
+always stays plus the largest of them. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a
+rollout, and rollouts that run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so
+leave a tenth free; glibc on a CPU was seen to keep a third more.
 """
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sd.checkpoint import EMBEDDED, read_config
-from sd.compile import WORTH_PACKING
+from sd.compile import PACK_TOKENS, PACK_WEIGHTS
 from sd.conditions import CHUNK
 from sd.config import Config
 from sd.lora import TARGETS
@@ -19,10 +19,12 @@ from sd.model import ModelConfig, Transformer
 from sd.problems import embedded, read_problems
 
 PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of the critic's rules and example
-ALIVE = {"forward": 7, "reverse": 7, "jsd": 11, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size at once
+ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size
 GIB = 2 ** 30
-CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12), "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
-REACHED, LAUNCHES = 0.4, 70 * 6e-6      # assumed, not measured: of a card's rates; seconds a layer takes to launch, uncompiled
+CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12),
+         "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
+# assumed, not measured: the share reached of a card's rates; seconds a layer takes to launch, uncompiled
+REACHED, LAUNCHES = 0.4, 70 * 6e-6
 # Python and PyTorch, whose builds for CUDA are larger, and the CUDA context
 RUNTIME = {"cpu": (0.65 if torch.backends.cuda.is_built() else 0.31) * GIB, "cuda": 0.7 * GIB}
 
@@ -36,11 +38,13 @@ def parameters(shape: ModelConfig) -> tuple[int, int, int]:
             sum(m.in_features + m.out_features for m in adapted))
 
 
-def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute: bool) -> tuple[float, float]:
+def activations(shape: ModelConfig, tokens: int, size: int, rank: int,
+                recompute: bool) -> tuple[float, float]:
     """Bytes that a forward pass of `tokens` keeps for its backward pass, and what that needs beside them.
 
-    A layer keeps, per token: each norm's input in float32 and its output (before its weight too, if that trains), q, k, v as
-    the attention reads them and q, k before their norm, the attention's output, and the MLP's gate, silu, up and product.
+    A layer keeps, per token: each norm's input in float32 and its output (before its weight too, if that
+    trains), q, k, v as the attention reads them and q, k before their norm, the attention's output, and the
+    MLP's gate, silu, up and product.
     """
     C, HD = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     KD, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
@@ -54,13 +58,14 @@ def activations(shape: ModelConfig, tokens: int, size: int, rank: int, recompute
 
 
 def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, cpu: bool) -> float:
-    """Bytes for `rows` rollouts: cache, packed weights and, at one time each, the prompts' forward pass or decoding."""
+    """Bytes for `rows` rollouts: cache, packed weights, and the larger of the prompts' pass and decoding."""
     total, projections, _ = parameters(shape)
-    packs = cpu and new >= WORTH_PACKING[0] and total >= WORTH_PACKING[1]                   # as sd/compile.py does
+    packs = cpu and new >= PACK_TOKENS and total >= PACK_WEIGHTS                    # as sd/compile.py does
     packed = (projections + shape.vocab_size * shape.hidden_size) * size if packs else 0
-    cache = 2 * rows * (prompt + new) * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    copied = cache / (2 * shape.num_hidden_layers)          # when finished rows are dropped, one layer at a time
-    draw = rows * shape.vocab_size * (size + 4 + 8 + 8)     # logits, probabilities, those and their sums in float64
+    cache = (2 * rows * (prompt + new) * shape.num_hidden_layers *
+             shape.num_key_value_heads * shape.head_dim * size)
+    copied = cache / (2 * shape.num_hidden_layers)       # when finished rows are dropped, one layer at a time
+    draw = rows * shape.vocab_size * (size + 4 + 8 + 8)  # logits, probabilities, those and sums in float64
     return cache + packed + max(copied, forward(shape, rows * prompt, size), draw)
 
 
@@ -70,13 +75,14 @@ def forward(shape: ModelConfig, tokens: int, size: int) -> float:
 
 def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     """Bytes per device, by part; the parts that are named "phase: …" exclude one another."""
-    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+    shape, new, group = (read_config(Path(config.model or EMBEDDED)), config.max_new_tokens,
+                         config.rollouts_per_problem)
     total, adapted, per_rank = parameters(shape)
-    device = config.device.split(":")[0] or config.torch_device.type         # --device cuda: also where there is none
+    device = config.device.split(":")[0] or config.torch_device.type     # --device cuda: also where none is
     cpu, size, V, C = device == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
     trained = config.lora_rank * per_rank if config.lora_rank else total
     critique, distilled = config.cond == "critique", config.cond != "grpo"
-    whole = not config.lora_rank                            # else the initial policy is the student with its adapter off
+    whole = not config.lora_rank                # else the initial policy is the student with its adapter off
     copies = (distilled and (config.teacher == "ema" or whole and config.teacher == "base")) + (
         whole and critique and config.critic == "self" and config.teacher != "base")
     out = {"weights": total * size, "runtime": RUNTIME[device]}
@@ -92,7 +98,8 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     out["AdamW's moments"] = trained * 8
 
     rollouts = -(-config.batch // ranks) * group
-    validated = -(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) * config.eval_samples
+    validated = (-(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) *
+                 config.eval_samples)
     rows = min(config.sample_batch, max(rollouts, validated))
     out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, cpu)
     if critique and (own or config.critic == "self"):
@@ -102,22 +109,25 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     rows = min(config.micro_batch, rollouts)
     kept, passing = activations(shape, rows * (PROMPT + new), size, config.lora_rank, config.recompute)
     logits = 4 * V * min(max(1, CHUNK // V), rows * new)
-    logits = max(ALIVE[config.divergence if distilled else "grpo"] * logits,
-                 3 * logits + (0 if config.lora_rank else 4 * V * C))                       # the projection's gradient
+    alive = ALIVE[config.divergence] + bool(config.term_clamp) if distilled else ALIVE["grpo"]
+    logits = max(alive * logits,
+                 3 * logits + (0 if config.lora_rank else 4 * V * C))           # the projection's gradient
     out["phase: training, activations and logits"] = kept + max(logits, passing) + 4 * rows * new * C * size
     if distilled:
         out["phase: the teacher's forward pass"] = forward(shape, rows * (PROMPT + 2 * new), size)
-    merged, state = adapted * 4 if config.lora_rank else 0, trained * 12 + (trained * 4 if config.teacher == "ema" else 0)
-    step = trained * 4 * ((ranks > 1) + (not cpu))          # the sum over ranks; AdamW works on all parameters at once
+    merged, state = (adapted * 4 if config.lora_rank else 0,
+                     trained * 12 + (trained * 4 if config.teacher == "ema" else 0))
+    step = trained * 4 * ((ranks > 1) + (not cpu))    # the sum over ranks; AdamW takes all parameters at once
     out["phase: step and checkpoint"] = max(step, merged, state if cpu else 0)
     return out
 
 
 def flops(shape: ModelConfig, prompt: int, new: int, passes: float) -> float:
-    """Operations of a rollout's `passes` over the model; 1 is a forward pass. Only new tokens reach the output projection."""
+    """Operations of a rollout's `passes` (1: a forward pass). Only new tokens reach the output projection."""
     T, HD = prompt + new, shape.num_attention_heads * shape.head_dim
-    attention = 2 * T * T * HD * shape.num_hidden_layers                    # scores and values, half of them masked
-    return passes * (2 * parameters(shape)[1] * T + 2 * shape.vocab_size * shape.hidden_size * new + attention)
+    attention = 2 * T * T * HD * shape.num_hidden_layers            # scores and values, half of them masked
+    return passes * (2 * parameters(shape)[1] * T +
+                     2 * shape.vocab_size * shape.hidden_size * new + attention)
 
 
 def counts(config: Config) -> tuple[int, int]:
@@ -129,17 +139,20 @@ def counts(config: Config) -> tuple[int, int]:
 
 
 def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]]:
-    """Part -> operations, bytes read and layers run token by token; per device in a whole run of rollouts of full length."""
-    shape, new, group = read_config(Path(config.model or EMBEDDED)), config.max_new_tokens, config.rollouts_per_problem
+    """Part -> FLOP, bytes read, layers run token by token; per device in a run of full-length rollouts."""
+    shape, new, group = (read_config(Path(config.model or EMBEDDED)), config.max_new_tokens,
+                         config.rollouts_per_problem)
     steps, validation = counts(config)
     rollouts = steps * config.batch * group / ranks
 
-    def sampled(of: ModelConfig, count: float, at_once: int, read: int, written: int) -> tuple[float, float, float]:
+    def sampled(of: ModelConfig, count: float, at_once: int, read: int,
+                written: int) -> tuple[float, float, float]:
         rows, size = max(1, min(at_once, count)), config.torch_dtype.itemsize
         cache = 2 * of.num_hidden_layers * of.num_key_value_heads * of.head_dim * rows * (read + written / 2)
         tokens = count / rows * written                     # one after another
         weights = parameters(of)[1] + of.vocab_size * of.hidden_size
-        return count * flops(of, read, written, 1), tokens * (weights + cache) * size, tokens * of.num_hidden_layers
+        return (count * flops(of, read, written, 1), tokens * (weights + cache) * size,
+                tokens * of.num_hidden_layers)
 
     at_once = -(-config.batch // ranks) * group
     out = {"sampling": sampled(shape, rollouts, min(config.sample_batch, at_once), PROMPT, new)}
@@ -149,7 +162,7 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
                                 config.critic_tokens)
     if config.cond != "grpo":
         out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
-    passes = (2 if config.lora_rank else 3) + config.recompute              # a frozen weight has no gradient of its own
+    passes = (2 if config.lora_rank else 3) + config.recompute    # a frozen weight has no gradient of its own
     out["student, forward and backward"] = rollouts * flops(shape, PROMPT, new, passes), 0, 0
     k = config.eval_samples
     evaluated = (-(-steps // config.eval_every) + 1) * validation * k / ranks
@@ -163,7 +176,7 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def plan(config: Config, gib: float = 0) -> str:
-    """A table for people; 0: without a word on whether it fits. Raises UserError if the model's config.json cannot be read."""
+    """A table for people; 0: no word on whether it fits. Raises UserError without a readable config.json."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = needs(config, ranks)
     lines = [f"per device, with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
@@ -172,11 +185,13 @@ def plan(config: Config, gib: float = 0) -> str:
     lines.append(f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB" +
                  (f": {verdict} {gib:g} GiB with a tenth to spare" if gib else ""))
     if verdict != "fits":
-        lines.append("lower --micro-batch or --sample-batch, use --recompute, or --dtype bfloat16 with --lora-rank")
+        lines.append("lower --micro-batch or --sample-batch, use --recompute, "
+                     "or --dtype bfloat16 with --lora-rank")
     on_cuda = (config.device or config.torch_device.type).startswith("cuda")
     steps, validation = counts(config)
-    lines.append(f"work per device in {steps} steps with {validation} validation problems, all rollouts of full length" + (
-        f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
+    lines.append(
+        f"work per device in {steps} steps with {validation} validation problems, all rollouts of full length"
+        + (f"; hours at {REACHED:.0%} of what two cards can do,\n{' / '.join(CARDS)}:" if on_cuda else ":"))
     parts = work(config, ranks)
     for name, of in [*((name, [part]) for name, part in parts.items()), ("all", list(parts.values()))]:
         launches = 0 if config.compile else LAUNCHES

@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.only in (None, "solver"):
         train_solver(args.out, args.seed, args.steps, args.width)
-    model, tokenizer, _ = load(args.out)
+    model, tokenizer = load(args.out)
     if args.only in (None, "problems"):
         make_problems(args.out, model, tokenizer, args.seed)
     for context in (None, "ref", "critique") if args.only != "solver" else ():

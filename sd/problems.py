@@ -1,10 +1,10 @@
 """Problems: UTF-8 JSONL in, one object a line: {"problem", "answer", "solution"?, "id"?}; others are ignored.
 
-`solution` is what the `ref` condition shows. A missing id is the file's name and the line; null is as good as
-missing. An answer or an id may be a whole number, but not 2.50, which would come out as 2.5, and not true. A
-line must neither hold a field twice nor share its id with another, since results are kept by id. A byte order
-mark, Windows line ends and empty lines are skipped. Control characters are kept in texts, refused in ids, and
-never quoted in an error.
+`solution` is what the `ref` condition shows. A missing id is made of the file's name and the line (train-17);
+null counts as missing. An answer or an id may be a whole number, but not 2.50, which would come out as 2.5,
+and not true. No object of a line may hold a field twice, and no two lines an id, since results are kept by
+id. A byte order mark, Windows line ends and empty lines are skipped. Control characters are kept in texts,
+refused in ids, and never quoted in an error.
 """
 import json
 from codecs import BOM_UTF8
@@ -26,8 +26,9 @@ class Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """All problems of a file; raises UserError with file, line and field at the first line that is none."""
-    name, problems, seen = str(path) if str(path).isprintable() else ascii(str(path)), [], {}
+    """All problems of a file; raises UserError with file, line and field at the first line without one."""
+    name = str(path) if str(path).isprintable() else ascii(str(path))
+    problems, seen = [], {}
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -65,7 +66,9 @@ def _problem(line: bytes, default_id: str) -> Problem:
     row = {"id": default_id, "solution": ""} | {key: value for key, value in row.items() if value is not None}
     for field, kinds in (("id", (str, int)), ("problem", (str,)), ("answer", (str, int)),
                          ("solution", (str,))):
-        if type(row.get(field)) not in kinds:
+        if field not in row:
+            raise ValueError(f"field {field!r} is missing")
+        if type(row[field]) not in kinds:
             raise ValueError(f"field {field!r} must be a string"
                              f"{' or a whole number' if int in kinds else ''}")
         row[field] = str(row[field])

@@ -17,7 +17,7 @@ WAIT = timedelta(minutes=30)        # a rank may wait for another's longest roll
 
 
 class Lost(Exception):
-    """Another rank has ended; it says itself why."""
+    """Another rank has ended; that one prints the reason."""
 
 
 class Ranks:

@@ -1,7 +1,7 @@
 """How runs went: one page with their curves, a table, and rollouts from their first and last step.
 
-    python -m sd.report runs/ref-seed0                      writes runs/ref-seed0/report.html, as train.py does at its end
-    python -m sd.report runs/table-* --out table.html       several overlaid; the seeds of one condition share a colour
+    python -m sd.report runs/ref-seed0                  writes report.html there, as train.py does at its end
+    python -m sd.report runs/table-* --out table.html   several overlaid; a condition's seeds share a colour
 
 Numbers and texts lie in the page as JSON and a script in it draws them: no server, no network, no library.
 Simplified: every logged step is a point, none is thinned out; the page does not follow a run that goes on.
@@ -19,13 +19,14 @@ from sd.checkpoint import write_atomic
 from sd.config import MACHINE, Config
 
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
-SAMPLE = {"problem": str, "trace": str, "reward": float, "cut": bool, "critique": str, "case": str, "malformed": str}
+SAMPLE = {"problem": str, "trace": str, "reward": float, "cut": bool, "critique": str, "case": str,
+          "malformed": str}
 NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE            # change no result
 TEMPLATE = Path(__file__).parent / "assets/report.html"
 
 
 def strict(text: bytes):
-    """JSON as Python writes it -> values as a browser reads them: NaN, Infinity and what overflows to it become None."""
+    """JSON as Python writes it -> values as a browser reads them: NaN, Infinity and overflows become None."""
     def finite(number: str) -> float | None:
         return value if isfinite(value := float(number)) else None
 
@@ -34,9 +35,9 @@ def strict(text: bytes):
 
 
 def read_rows(path: Path, kinds: dict[str, type]) -> Iterator[dict]:
-    """The rows of a log, with those entries that `kinds` or a validation score names; None for what a row lacks.
+    """A log's rows, with the entries that `kinds` or a validation score names; None for what a row lacks.
 
-    An unfinished last line is left out: its run is writing it, or died. Raises UserError naming file and line.
+    An unfinished last line is left out: its run writes it, or died. Raises UserError naming file and line.
     """
     try:
         with open(path, "rb") as file:
@@ -59,7 +60,7 @@ def read_rows(path: Path, kinds: dict[str, type]) -> Iterator[dict]:
 
 
 def read_curves(path: Path) -> dict:
-    """metrics.jsonl as columns by step: "train" with CURVES, "val" with "avg"; the k of its Avg@k; the run's seconds."""
+    """metrics.jsonl as columns by step: "train" of CURVES, "val" of "avg"; k of Avg@k; the run's seconds."""
     train, val, k, seconds = {}, {}, "k", None
     for row in read_rows(path, {key: float for key in (*CURVES, "seconds")}):
         step, seconds = row["step"], row.pop("seconds") or seconds
@@ -70,7 +71,7 @@ def read_curves(path: Path) -> dict:
             train[step] = row
     if not train and not val:
         raise UserError(f"{path}: has no line yet, so there is nothing to show")
-    for step in val.keys() & train.keys():          # a validation row does not say how many rollouts were sampled by then
+    for step in val.keys() & train.keys():    # a validation row does not count the rollouts sampled by then
         val[step]["rollouts"] = train[step]["rollouts"]
     columns = [{key: [rows[step][key] for step in sorted(rows)] for key in keys}
                for rows, keys in ((train, ("step", *CURVES)), (val, ("step", "rollouts", "avg")))]
@@ -85,29 +86,31 @@ def read_run(folder: Path) -> dict:
         if not isinstance(config, dict) or not isinstance(config.get("cond"), str):
             raise ValueError('it has no "cond"')
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no config of a run ({str(getattr(error, 'strerror', 0) or error)[:100]})") from None
+        raise UserError(f"{path}: is no config of a run "
+                        f"({str(getattr(error, 'strerror', 0) or error)[:100]})") from None
     curves = read_curves(folder / "metrics.jsonl")
-    for row in read_rows(log, SAMPLE) if log.exists() else ():          # a run stopped before its first step has none
+    for row in read_rows(log, SAMPLE) if log.exists() else ():    # none, if it stopped before its first step
         if not first or first[0]["step"] == row["step"]:
             first.append(row)
         else:
             last = [kept for kept in last if kept["step"] == row["step"]] + [row]
     return {"name": folder.resolve().name, "cond": config["cond"], "seed": config.get("seed"), **curves,
-            "options": {f.name: f.default for f in fields(Config)} | config,            # an older run lacks some
+            "options": {f.name: f.default for f in fields(Config)} | config,        # an older run lacks some
             "samples": [rows for rows in (first, last) if rows]}
 
 
 def script_json(value) -> str:
     """Strict JSON in which no character can end the script element that holds it."""
     text = json.dumps(value, allow_nan=False)
-    for character in "<>&":                                 # U+2028 and 2029 are escaped already, as all but ASCII
+    for character in "<>&":                         # U+2028 and 2029 are escaped already, as all but ASCII
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def page(runs: list[dict]) -> str:
     """The template with the runs in it, and of their options those in which the runs differ."""
-    names = [name for name in dict.fromkeys(name for run in runs for name in run["options"]) if name not in NO_CONDITION]
+    names = [name for name in dict.fromkeys(name for run in runs for name in run["options"])
+             if name not in NO_CONDITION]
     differ = [name for name in names if len({json.dumps(run["options"].get(name)) for run in runs}) > 1]
     runs = [run | {"options": {name: run["options"].get(name) for name in differ}} for run in runs]
     before, after = TEMPLATE.read_text(encoding="utf-8").split("<!--DATA-->")
@@ -124,7 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd.report", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html, in RUN if there is only one)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="(default: report.html, in RUN if there is only one)")
     args = parser.parse_args()
     if args.out and not args.out.name:
         parser.error(f"--out {args.out} is not a file")

@@ -42,7 +42,7 @@ class Stop(BaseException):
 
 
 class Signals:
-    """Makes SIGINT and SIGTERM a Stop: at once, or after a `shielded` block, which must be whole or not be.
+    """Makes SIGINT and SIGTERM a Stop: at once, or at the end of a `shielded` block, if one has begun.
 
     The first one only: a second Ctrl-C does not interrupt the way out.
     """
@@ -81,13 +81,15 @@ class RunFolder:
     """Rank 0 writes and prints; the others hold the same object and are silent."""
 
     def __init__(self, config: Config, ranks: Ranks, resume: Path | None = None):
-        self.writes, self.resume, path = ranks.rank == 0, resume is not None, resume
+        self.writes, self.resume = ranks.rank == 0, resume is not None
+        path = resume
         if self.writes and path is None:
             name = f"runs/{config.cond}-seed{config.seed}"
             taken = (n for n in range(2, 10_000) if not Path(f"{name}-{n}").exists())
             path = Path(config.out or (f"{name}-{next(taken)}" if Path(name).exists() else name))
             if path.exists():
                 raise UserError(f"--out {path} exists already; choose another folder, nothing was changed")
+        # rank 0 has chosen the folder, the others learn it here
         self.path = Path(next(p for p in ranks.gather([str(path) if path else None]) if p))
         self.config = config if self.resume else replace(config, out=str(self.path))
         self.source = Path(config.model or EMBEDDED)
@@ -95,13 +97,13 @@ class RunFolder:
         self.started = self.saved = time.time()
 
     def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
-        """Called when everything that the user can get wrong has been read. Returns the step to go on from.
+        """Called once all that the user has given is checked. Returns the step to go on from.
 
         Raises UserError if the run to resume has no whole state, or had other problems.
         """
         self.optimizer, self.steps = optimizer, steps
         self.data = hashlib.sha256(json.dumps([asdict(p) for p in problems]).encode()).hexdigest()
-        self.followed = dict(teacher.model.named_parameters()) if teacher.kind == "ema" else {}
+        self.ema = dict(teacher.model.named_parameters()) if teacher.kind == "ema" else {}
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if self.resume:
             self._load_state()
@@ -175,7 +177,7 @@ class RunFolder:
 
     def _state(self) -> dict[str, torch.Tensor]:
         tensors = {f"student.{name}": p for name, p in self.trained.items()}
-        tensors |= {f"teacher.{name}": p for name, p in self.followed.items() if name in self.trained}
+        tensors |= {f"teacher.{name}": p for name, p in self.ema.items() if name in self.trained}
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
         return {name: t.detach().cpu().contiguous().clone()     # tied ones twice: fine
@@ -229,8 +231,8 @@ class RunFolder:
                     if moments:
                         self.optimizer.state[p] = {key: value.to("cpu" if key == "step" else p.device)
                                                    for key, value in moments.items()}
-                    if name in self.followed:
-                        self.followed[name].copy_(tensors[f"teacher.{name}"])
+                    if name in self.ema:
+                        self.ema[name].copy_(tensors[f"teacher.{name}"])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{path}: is not a state of --model {self.source} ({str(error)[:200]})") from None
         self.done, self.best, self.evaluated_at = facts["step"], facts["best"], facts["evaluated_at"]

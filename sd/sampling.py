@@ -6,7 +6,7 @@ sampled several times (a GRPO group, Avg@k) is prefilled once. Rows that reached
 batch now and then, so a short rollout does not wait for a long one at full cost. Only temperature shapes the
 distribution: top-p and top-k would bias the log-probabilities that the loss relies on.
 
-Chance comes in as one uniform number per rollout and token, made beforehand from a seed. So a rollout does
+All chance is one uniform number per rollout and token, drawn beforehand from a seed. So a rollout does
 not depend on which others share its batch, on the number of processes, or on the device, but for rounding (in
 bfloat16 that is coarse: some rollouts in a hundred then part ways); a resumed run needs no generator state.
 """
@@ -80,7 +80,8 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
     logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), lengths - 1])  # (P, V)
 
     group_rows = torch.arange(len(prompts), device=device).repeat_interleave(group)         # (N)
-    cache.rows(group_rows)
+    if group > 1:
+        cache.select(group_rows)
     logits, positions = logits[group_rows], lengths[group_rows]
     longest, N = max(map(len, prompts)), len(group_rows)
     out = Rollouts(torch.zeros(N, max_new_tokens, dtype=torch.long, device=device),
@@ -99,13 +100,15 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
         out.lengths[rows] += going
         going = going & ~torch.isin(ids, ends)
         out.truncated[rows] = going
-        if t % CHECK_EVERY == CHECK_EVERY - 1 or t == max_new_tokens - 1:
+        if t == max_new_tokens - 1:
+            break
+        if (t + 1) % CHECK_EVERY == 0:
             keep = going.nonzero().squeeze(-1)
-            if len(keep) == 0 or t == max_new_tokens - 1:
+            if len(keep) == 0:
                 break
             # copying the cache pays only if enough rows go; to compiled code a single row is a special case
             if len(keep) <= 0.75 * len(rows) and (len(keep) > 1 or not compile):
-                cache.rows(keep)
+                cache.select(keep)
                 rows, going, ids, positions = rows[keep], going[keep], ids[keep], positions[keep]
         logits = step(ids, positions, longest + t + 1)
         positions = positions + 1

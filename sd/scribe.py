@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 import time
 from http.client import HTTPException
@@ -19,10 +20,13 @@ from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_open
 
 from sd import UserError
 from sd.answers import equal, final_answer
-from sd.critic import Critique
+from sd.checkpoint import load
+from sd.critic import Critic, Critique
+from sd.model import Transformer
 from sd.problems import Problem
 from sd.sampling import sample
 from sd.steps import parse, render
+from sd.tokenizer import Tokenizer
 
 RULES = """\
 You are a faithful scribe: you write a solver's step-tagged trace as it should have been, \
@@ -122,7 +126,8 @@ def _words(text: str) -> str:
 class LocalCritic:
     """A local model, which thinks first if it can. Raises UserError if it speaks no ChatML or has no room."""
 
-    def __init__(self, model, tokenizer, max_new_tokens: int, rows: int, compile: bool = False):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
+                 compile: bool = False):
         self.model, self.tokenizer, self.max_new_tokens, self.rows = model, tokenizer, max_new_tokens, rows
         self.thinking, self.compile = tokenizer.think_end is not None, compile
         tokenizer.chat("", self.thinking)
@@ -217,6 +222,8 @@ class ServerCritic:
         for attempt in range(self.retries + 1):
             if stop.wait(min(pause, self.longest_wait)):
                 break                                       # batch given up: nobody reads the error below
+            if attempt == 3:                                # some seconds have passed: say what is awaited
+                print(f"{self.url}{path}: {happened}; still asking", file=sys.stderr, flush=True)
             pause = self.backoff * 2 ** attempt * random.uniform(0.5, 1.5)
             try:
                 status, retry_after, body = self._once(path, payload)
@@ -267,3 +274,15 @@ def _key() -> str:
 def _shown(text: str) -> str:
     """A server's words in an error: one line, short, without the key that it may have echoed."""
     return ascii((text.replace(_key(), "[key]") if _key() else text)[:200])
+
+
+def language_critic(name: str, policy: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
+                    compile: bool = False) -> Critic:
+    """What --critic names: self, which is the frozen `policy`, a checkpoint FOLDER, or a server's URL."""
+    if "://" in name:
+        return ServerCritic(name, max_new_tokens)
+    if name != "self":
+        policy, tokenizer = load(name, policy.lm_head.weight.dtype, policy.lm_head.weight.device)
+    elif not tokenizer.chat_model:
+        raise UserError("--critic self needs a chat model, which the embedded solver is not: take symbolic")
+    return LocalCritic(policy, tokenizer, max_new_tokens, rows, compile)

@@ -7,8 +7,9 @@ closed (the rollout ran out of tokens, or forgot the tag) ends at the next tag a
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
-TAGS = re.compile(r"<(/?)(?:step_(\d{1,4})|(answer))>")
+TAGS = re.compile(r"<(/?)(?:step_(\d{1,4})|answer)>")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def parse(text: str) -> Trace:
     """Splits a trace at its tags; one pass, linear in the length of the text."""
     steps, answer, tags = [], None, list(TAGS.finditer(text))
     for i, tag in enumerate(tags):
-        closing, number, _ = tag.groups()
+        closing, number = tag.groups()
         if closing:
             continue
         following = tags[i + 1] if i + 1 < len(tags) else None
@@ -61,9 +62,6 @@ def token_span(pieces: list[str], start: int, end: int) -> tuple[int, int]:
     >>> token_span(["ab", "cd", "ef"], 5, 6)      # 'f' begins inside a token that the span before has taken
     (3, 3)
     """
-    starts, at = [], 0
-    for piece in pieces:
-        starts.append(at)
-        at += len(piece)
+    starts = list(accumulate(map(len, pieces), initial=0))[:-1]
     first, last = bisect_right(starts, start - 1), bisect_right(starts, end - 1)
     return first, last

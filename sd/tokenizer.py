@@ -60,7 +60,7 @@ class Tokenizer:
         if not self.eos:
             raise UserError(f"{path}: knows none of the tokens that end a text: {' '.join(ENDS)}")
         self.chat_model = self.fast.token_to_id("<|im_start|>") is not None
-        self.think_end = self.fast.token_to_id("</think>")
+        self.think_end, self.unknown = map(self.fast.token_to_id, ("</think>", "<unk>"))
 
     def encode(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
@@ -85,10 +85,15 @@ class Tokenizer:
         return pieces
 
     def student_prompt(self, problem: str) -> list[int]:
-        """Raises UserError if the tokenizer has neither the embedded solver's prompt tokens nor ChatML's."""
+        """Raises UserError if the tokenizer has neither the embedded solver's prompt tokens nor ChatML's, or
+        if it is the embedded solver's and lacks the problem's."""
         if self.chat_model:
             return self.chat(f"{problem}\n\n{INSTRUCTION}", thinking=False)
-        return [self._control("<problem>"), *self.encode(problem), self._control("<solution>")]
+        ids = self.encode(problem)
+        if self.unknown in ids:
+            raise UserError(f"{self.path}: does not know all characters of the problem {problem[:60]!r}; "
+                            "the embedded solver reads sums of products alone")
+        return [self._control("<problem>"), *ids, self._control("<solution>")]
 
     def teacher_prompt(self, problem: str, kind: str, context: str) -> list[int]:
         """`kind` names what the context is: "ref" or "critique"."""

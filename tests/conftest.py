@@ -20,8 +20,7 @@ for line in sys.stdin:
     args, log, measured, room = json.loads(line)
     if (pid := os.fork()) == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for option in (-1, -3) if measured else ():\
-     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back
+        for option in (-1, -3) if measured else ():   # M_TRIM_ and M_MMAP_THRESHOLD: freed memory goes back
             ctypes.CDLL(None).mallopt(option, 2 ** 16)
         if room:                            # bytes of address space beside what is taken already
             taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from html import unescape
+from http.server import ThreadingHTTPServer
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,9 +17,10 @@ from sd import UserError, advantage
 from sd.advantage import KINDS, MASS, Row, analyse, corrected, figure, locate, look, page, ratio, summarise
 from sd.checkpoint import load
 from sd.critic import QUOTING, Critique, SymbolicCritic
-from sd.problems import Problem
+from sd.problems import Problem, embedded
 from sd.sampling import Rollouts
 from sd.steps import parse, render
+from tests.test_faults import Scribe
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122",
                   "first 7 multiplied by 8 makes 56, then 6 multiplied by 9 makes 54, "
@@ -45,7 +48,7 @@ def tokens_of(tokenizer, steps, answer):
 
 @pytest.fixture(scope="module")
 def rows(solver):
-    model, tokenizer, _ = solver
+    model, tokenizer = solver
     ids = [tokens_of(tokenizer, *trace) for trace in WRONG]
     return look(model, model, tokenizer, [PROBLEM] * 3, ids, [False] * 3, [-0.4, 0.0, -1.0], CRITICS, 1.1)
 
@@ -58,7 +61,7 @@ def row(problem="p", kinds="bbueaa", grpo=-0.5, end=5, **advantages):
 
 
 def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows):
-    model, tokenizer, _ = solver
+    model, tokenizer = solver
 
     def slow(prompt, ids):
         out = []
@@ -175,7 +178,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver):
-    model, tokenizer, _ = solver
+    model, tokenizer = solver
     right, wrong = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
 
     class Unsure(SymbolicCritic):
@@ -194,7 +197,7 @@ def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver
 
 
 def test_without_reference_solutions_there_is_no_ref(solver):
-    model, tokenizer, _ = solver
+    model, tokenizer = solver
     bare = Problem("p", PROBLEM.problem, PROBLEM.answer)
     rows = look(model, model, tokenizer, [bare], [tokens_of(tokenizer, *WRONG[0])], [False], [0.0],
                 CRITICS, 1.1)
@@ -202,8 +205,8 @@ def test_without_reference_solutions_there_is_no_ref(solver):
 
 
 def test_another_teacher_reads_and_the_student_stays(solver, rows):
-    model, tokenizer, _ = solver
-    other, _, _ = load()
+    model, tokenizer = solver
+    other, _ = load()
     with torch.no_grad():
         other.lm_head.weight.mul_(0)
     r, = look(model, other, tokenizer, [PROBLEM], [rows[0].ids], [False], [0.0], CRITICS, 1.1)
@@ -212,7 +215,7 @@ def test_another_teacher_reads_and_the_student_stays(solver, rows):
 
 
 def test_grpo_compares_a_rollout_with_its_group(solver, monkeypatch):
-    model, tokenizer, _ = solver
+    model, tokenizer = solver
     good, bad = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
     group = [good, bad, bad, bad] + [bad] * 4
     ids = torch.tensor([y + [0] * (max(map(len, group)) - len(y)) for y in group])
@@ -380,6 +383,25 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
     assert json.loads(data_of(files[1].read_text()))["summary"] == numbers["contexts"]
     assert figure(numbers["contexts"]) == files[2].read_text()
     assert run(capsys, monkeypatch, *options)[1] == out             # the seed determines it
+
+
+def test_problems_of_ones_own_and_a_critic_behind_a_server(capsys, monkeypatch, tmp_path):
+    """A server that writes as the symbolic critic: the advantages are those of its partial quoting."""
+    rows = [{"id": p.id, "problem": p.problem, "answer": p.answer} for p in embedded("val")[:6]]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--problems", 6, "--samples", 4, "--seed", 3]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scribe) as server:
+        server.left, server.keys = 10_000, set()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        status, out, err = run(capsys, monkeypatch, *options, "--data", tmp_path / "mine.jsonl", "--json",
+                               tmp_path / "served.json", "--critic",
+                               f"http://127.0.0.1:{server.server_port}/v1#scribe")
+        server.shutdown()
+    assert status == 0 and f"of 6 {tmp_path}/mine.jsonl problems" in out, err
+    assert run(capsys, monkeypatch, *options, "--json", tmp_path / "exact.json")[0] == 0
+    served, exact = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("served", "exact"))
+    assert list(served["contexts"]) == ["critique", "grpo"] and served["wrong"] == exact["wrong"]
+    assert served["contexts"]["critique"] == exact["contexts"]["partial"]
 
 
 @pytest.mark.parametrize("args, fact", [

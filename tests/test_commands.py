@@ -82,7 +82,7 @@ def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
     rollouts = rows(folder, "rollouts.jsonl")
     assert len(rollouts) == 8 and all(("critique" in row) == (cond == "critique") for row in rollouts)
     for name in ("best", "last"):
-        model, tokenizer, _ = load(folder / name)
+        model, tokenizer = load(folder / name)
         assert all(p.isfinite().all() for p in model.parameters()) and tokenizer.vocab_size
     assert metadata(folder / "last")["step"] == "2" and f"eval.py {folder}/best" in result.stdout
 
@@ -103,7 +103,7 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
 
 def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
     run = RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1), Ranks(torch.device("cpu")))
-    student, _, _ = load(EMBEDDED)
+    student, _ = load(EMBEDDED)
     run.begin(student, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4, [])
     for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
         with torch.no_grad():
@@ -222,7 +222,9 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
     (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
-    (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
+    (["train.py", "--preset", "paper", "--cond", "ref"], "and --model"),
+    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/assets"], "needs --data and --val"),
+    (["eval.py", "--split", "val", "--test", "sd/assets/val.jsonl"], "--split"),
     (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),
@@ -285,7 +287,8 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
 def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
     """A prompt with room for the student's tokens alone, and a problem the symbolic critic cannot read."""
     for cond, problem, told in (("ref", "1" * 430, "433 tokens"),
-                                ("critique", "7*8*9", "the symbolic critic cannot read it")):
+                                ("critique", "7*8*9", "the symbolic critic cannot read it"),
+                                ("grpo", "How many are 3 and 4?", "does not know all characters")):
         row = json.dumps({"problem": problem, "answer": "1", "solution": "1"}) + "\n"
         for split in ("data", "val"):
             (tmp_path / split).write_text(row)
@@ -293,7 +296,7 @@ def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, 
                      "--val", tmp_path / "val", "--out", tmp_path / "out"), told)
         assert not (tmp_path / "out").exists()
     refused(here("train.py", "--cond", "critique", "--critic", "self", "--out", tmp_path / "out"),
-            "lacks the control token")
+            "--critic self needs a chat model")
 
 
 def test_a_diverging_run_names_the_step(tmp_path, here):

@@ -69,7 +69,8 @@ def assert_same(one, other):
 
 @pytest.fixture
 def pack_all(monkeypatch, model):
-    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (0, 0))
+    monkeypatch.setattr(sd.compile, "PACK_TOKENS", 0)
+    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", 0)
     assert has_packed(prepared(model, 2, 1))            # the premise
 
 
@@ -79,11 +80,11 @@ def has_packed(model):
 
 def test_weights_are_packed_where_that_pays_and_works(model, monkeypatch):
     weights = sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (16, weights))
+    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", weights)
     assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(model, 2, 15))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(tiny(CONFIG).bfloat16(), 2, 16))
-    monkeypatch.setattr(sd.compile, "WORTH_PACKING", (16, weights + 1))
+    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", weights + 1)
     assert not has_packed(prepared(model, 2, 16))
 
 

@@ -2,11 +2,16 @@
 import pytest
 import torch
 
-from sd.conditions import Feedback, Teacher, accumulate
+import train
+from sd import UserError
+from sd.checkpoint import EMBEDDED
+from sd.conditions import Feedback, Teacher, accumulate, feedback
 from sd.config import Config
 from sd.losses import DIVERGENCES
 from sd.model import ModelConfig, Transformer
+from sd.problems import embedded
 from sd.sampling import sample, uniforms
+from sd.tokenizer import Tokenizer
 
 SIZES = ModelConfig(11, 16, 24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
                     rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64, qk_norm=True)
@@ -28,12 +33,12 @@ def tiny(seed):
     return model
 
 
-def run(name, student, teacher, told=None, prompts=PROMPTS, completions=COMPLETIONS, micro_batch=64):
+def run(name, student, teacher, told=None, prompts=PROMPTS, completions=COMPLETIONS, **options):
     """Loss and gradients of `accumulate`."""
     student.zero_grad()
     value = accumulate(student, teacher, prompts, completions, told or TOLD[name], Config(
-        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE,
-        micro_batch=micro_batch), sum(map(len, completions)))
+        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, **options),
+        sum(map(len, completions)))
     return value, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
 
 
@@ -47,7 +52,7 @@ def dense_logp(model, prompts):
             ids[:, 1:])
 
 
-def dense(name, student, teacher):
+def dense(name, student, teacher, clamp=None):
     """The same as `run`, all rows at once and without care for memory."""
     logp, mask, ids = dense_logp(student, PROMPTS)
     teacher_logp, teacher_mask, _ = dense_logp(teacher, TEACHER_PROMPTS)
@@ -58,7 +63,7 @@ def dense(name, student, teacher):
     rewarded = torch.tensor(TOLD["grpo"].advantages)[:, None].expand(mask.shape)[mask][:, None]     # (M, 1)
     loss = {"forward": q * (log_q - log_p), "reverse": p * (log_p - log_q), "sampled": surprise * token,
             "jsd": BETA * q * (log_q - middle) + (1 - BETA) * p * (log_p - middle),
-            "grpo": -rewarded * token}[name].sum() / mask.sum()
+            "grpo": -rewarded * token}[name].clamp(max=clamp or float("inf")).sum() / mask.sum()
     return loss.item(), list(torch.autograd.grad(loss, list(student.parameters())))
 
 
@@ -77,6 +82,46 @@ def test_loss_and_gradient_equal_the_dense_version_for_any_micro_batch(name, kin
     for micro_batch in (1, 3, 64):
         assert_same(run(name, student, teacher, micro_batch=micro_batch), expected)
     assert kind == "live" or all(p.grad is None for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+def test_terms_of_the_vocabulary_are_cut_off(name):
+    student, teacher = tiny(0), Teacher("base", tiny(8), 0)
+    clamped = dense(name, student, teacher.model, 0.02)
+    assert_same(run(name, student, teacher, term_clamp=0.02), clamped)
+    assert clamped[0] < dense(name, student, teacher.model)[0] - 0.002      # the premise: something is
+
+
+def test_a_long_context_is_cut_at_its_end_and_a_rollout_without_any_is_left_out():
+    tokenizer, problem = Tokenizer(EMBEDDED / "tokenizer.json"), embedded("val")[0]
+    bare, whole = (tokenizer.teacher_prompt(problem.problem, "ref", text) for text in ("", problem.solution))
+
+    def tell(limit):
+        return feedback("ref", [problem], [""], [False], [0.0], 1, None, tokenizer, limit)
+
+    told = tell(len(whole))
+    assert told.teacher_prompts == [whole] and told.shortened == 0 and told.counts(0)
+    told = tell(len(whole) - 1)
+    prompt, = told.teacher_prompts
+    assert len(bare) < len(prompt) < len(whole) and told.shortened == 1 and told.counts(0)
+    assert prompt == whole[:len(prompt) - 1] + whole[-1:]
+    told = tell(len(bare))
+    assert told.teacher_prompts == [None] and told.shortened == 1 and not told.counts(0)
+    with pytest.raises(UserError, match=problem.id):
+        tell(len(bare) - 1)
+
+
+def test_prompts_are_checked_for_the_condition_that_reads_them():
+    """grpo was refused for a teacher's prompt that it has not, and validation problems likewise."""
+    tokenizer = Tokenizer(EMBEDDED / "tokenizer.json")
+    problems = embedded("train")
+    longest = {"grpo": max(len(tokenizer.student_prompt(p.problem)) for p in problems + embedded("val")),
+               "ref": max(len(tokenizer.teacher_prompt(p.problem, "ref", "")) for p in problems)}
+    for cond, length in longest.items():
+        train.read_data(Config(cond=cond), tokenizer, length)
+        with pytest.raises(UserError, match="its prompt has"):
+            train.read_data(Config(cond=cond), tokenizer, length - 1)
+    assert longest["grpo"] < longest["ref"]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

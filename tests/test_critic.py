@@ -139,6 +139,12 @@ def test_a_problem_that_is_no_sum_of_products_is_the_users_error(problem):
         SymbolicCritic()(Problem("p-1", problem, "1"), write(FIRST))
 
 
+def test_a_problem_whose_answer_is_wrong_is_the_users_error():
+    """It was taught: the critique of a perfect trace ended in the wrong answer."""
+    with pytest.raises(UserError, match="problem p-1: its answer"):
+        SymbolicCritic()(Problem("p-1", "7*8 + 6*9", "111"), "")
+
+
 def corrupted(rng):
     """Problem, answer, steps with one or two wrong values, and the index of the first; written anew here."""
     pairs = [(rng.randint(2, 12), rng.randint(2, 12)) for _ in range(rng.randint(2, 4))]

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from sd import scribe
 from sd.critic import Critique, SymbolicCritic
 from sd.problems import Problem
 from sd.scribe import ServerCritic
@@ -86,7 +87,7 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
         tmp_path, here, monkeypatch):
     """Nothing is trained on half of a batch: resumed, the run is the one that the exact critic gives."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    monkeypatch.setattr(train, "ServerCritic", partial(ServerCritic, retries=1, backoff=0.01))
+    monkeypatch.setattr(scribe, "ServerCritic", partial(ServerCritic, retries=1, backoff=0.01))
     assert here(*SHORT, "--out", tmp_path / "exact")[0] == 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Scribe) as server:
         server.daemon_threads, server.left, server.keys = True, 6, set()        # a step and a half

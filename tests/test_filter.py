@@ -9,7 +9,7 @@ from sd.checkpoint import EMBEDDED, load
 from sd.problems import embedded, read_problems
 from sd.sampling import sample, uniforms
 
-OPTIONS = ["--samples", "8", "--max-correct", "0", "--max-new-tokens", "80", "--sample-batch", "16"]
+OPTIONS = ["--samples", "8", "--max-correct", "0", "--sample-batch", "16"]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_it_keeps_what_is_never_solved_when_sampled_one_problem_at_a_time(run, tmp_path):
     status, shown, _ = run()
     assert status == 0 and "12 of 12" in shown and " s left" in shown
-    model, tokenizer, _ = load(EMBEDDED)
+    model, tokenizer = load(EMBEDDED)
     kept = {p.id for p in read_problems(tmp_path / "hard.jsonl")}
     for p in embedded("val")[:12]:
         out = sample(model, [tokenizer.student_prompt(p.problem)], tokenizer.eos, 80, 1.1, 8,

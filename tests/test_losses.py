@@ -41,6 +41,19 @@ def test_two_tokens_by_hand():
     assert jsd(student, teacher, ID, 0.25).item() == pytest.approx(by_hand, abs=1e-6)
 
 
+def test_terms_over_the_vocabulary_are_cut_off_one_by_one():
+    student, teacher = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
+    forward = [0.1 * log(0.1 / 0.7), 0.6 * log(0.6 / 0.2), 0.3 * log(0.3 / 0.1)]        # -0.19, 0.66, 0.33
+    reverse = [0.7 * log(0.7 / 0.1), 0.2 * log(0.2 / 0.6), 0.1 * log(0.1 / 0.3)]        # 1.36, -0.22, -0.11
+    middle = [(0.1 * log(0.1 / 0.4) + 0.7 * log(0.7 / 0.4)) / 2,                        # 0.13
+              (0.6 * log(0.6 / 0.4) + 0.2 * log(0.2 / 0.4)) / 2,                        # 0.05
+              (0.3 * log(0.3 / 0.2) + 0.1 * log(0.1 / 0.2)) / 2]                        # 0.03
+    for loss, terms, clamp in ((forward_kl, forward, 0.4), (reverse_kl, reverse, 0.4), (jsd, middle, 0.04)):
+        by_hand = sum(min(term, clamp) for term in terms)
+        assert loss(student, teacher, ID, clamp=clamp).item() == pytest.approx(by_hand, abs=1e-6)
+        assert by_hand < sum(terms) - 0.05
+
+
 def test_three_tokens_by_hand_one_number_per_token():
     student, teacher = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
     forward = 0.1 * log(0.1 / 0.7) + 0.6 * log(0.6 / 0.2) + 0.3 * log(0.3 / 0.1)

@@ -147,7 +147,7 @@ def test_packed_weights_count_where_a_model_is_large_enough_to_be_packed(monkeyp
     linear = sum(m.weight.numel() for m in Transformer(shape).modules() if isinstance(m, torch.nn.Linear))
     config, plans = Config(cond="critique", critic=str(EMBEDDED)), []
     for worth in (0, sum(p.numel() for p in Transformer(shape).parameters()) + 1):
-        monkeypatch.setattr(sd.plan, "WORTH_PACKING", (16, worth))
+        monkeypatch.setattr(sd.plan, "PACK_WEIGHTS", worth)
         plans.append(needs(config))
     assert [plans[0][phase] - plans[1][phase] for phase in phases] == [4 * linear] * 2
 
@@ -162,7 +162,8 @@ def test_two_devices_halve_what_each_samples(qwen3):
 def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank):
     """Its own counter, on the real loss: no attention on a CPU, but the adapter's products, some percent."""
     config = Config(cond=cond, lora_rank=rank)
-    student, _, shape = load(EMBEDDED)
+    student, _ = load(EMBEDDED)
+    shape = student.config
     if rank:
         add_lora(student, rank, 1.0, 0)
     prompts, completions = [[5] * 100] * 4, [[7] * 150] * 4

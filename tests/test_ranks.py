@@ -21,8 +21,7 @@ WORKER = """
 import json, os, sys, train
 import torch.distributed as dist
 jobs, address = json.loads(sys.argv[1]), dict(os.environ)
-for args, expected, port in jobs:\
-                   # torchrun's own store serves one process group: the last job's
+for args, expected, port in jobs:       # torchrun's own store serves one process group: the last job's
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port} if port else address
     sys.argv = ["train.py", *args]
     code = train.main()

@@ -430,6 +430,15 @@ def test_pauses_grow_and_differ(server, monkeypatch):
         assert 2 ** i / 2 <= pause <= min(6, 1.5 * 2 ** i)
 
 
+def test_what_a_run_waits_for_is_said_once_some_attempts_have_failed(server, capsys):
+    server.answer = lambda name, n: (503, {}, "busy") if n < 6 else chat()
+    assert ask(server, retries=6)[0].case == "D"
+    assert capsys.readouterr().err == f"{server.url}/chat/completions: HTTP 503 ('busy'); still asking\n"
+    server.answer = lambda name, n: (503, {}, "busy") if n < 3 else chat()
+    ask(server, ["other"], retries=6)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refusal_is_told_at_once_and_never_shows_the_key(server, status):
     server.answer = lambda name, n: (status, {"X": KEY}, f"bad key {KEY}\x00" + "y" * 172 + KEY * 9)
