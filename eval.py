@@ -4,7 +4,7 @@
     python eval.py runs/ref-seed0/best  after
     python eval.py runs/ref-seed*/best  several seeds: each, then mean and standard deviation over them
     python eval.py --context critique   the self-teacher: the same solver, shown a critique of its own rollout
-    python eval.py Qwen3-1.7B --test test.jsonl --max-new-tokens 2048 --dtype bfloat16 --sample-batch 32
+    python eval.py Qwen3-1.7B --test test.jsonl --dtype bfloat16 --sample-batch 32
 """
 import argparse
 import json
@@ -17,8 +17,7 @@ import torch
 
 from sd import UserError, command
 from sd.checkpoint import EMBEDDED, load, write_atomic
-from sd.compile import check_compile
-from sd.config import Config, pick_device
+from sd.config import check_sampling, new_tokens, pick_device, sampling_options
 from sd.metrics import evaluate
 from sd.problems import embedded, read_problems
 
@@ -28,33 +27,18 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED], metavar="FOLDER",
                         help="checkpoints (default: the embedded solver)")
-    parser.add_argument("--samples", type=int, default=12, help="k: rollouts per problem (default: 12)")
-    parser.add_argument("--temperature", type=float, default=Config.temperature,
-                        help="(default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens,
-                        help="(default: %(default)s)")
-    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch,
-                        help="rollouts at once (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=Path, metavar="FILE",
                         help="problems, JSONL (default: the embedded ones)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test",
                         help="which of the embedded problems")
     parser.add_argument("--context", choices=("ref", "critique"), help="measure the self-teacher with this "
                         "context, a reference solution or a symbolic critique")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
+    sampling_options(parser, samples=12)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
-    if (min(args.samples, args.max_new_tokens, args.sample_batch) < 1
-            or not 0 <= args.temperature < float("inf")):
-        parser.error("--samples, --max-new-tokens and --sample-batch must be 1 or more, "
-                     "--temperature 0 or more")
+    check_sampling(parser, args)
     if args.test and args.split != "test":
         parser.error("--split names embedded problems, so it does not go with --test")
-    if args.compile:
-        check_compile(pick_device(args.device))
     return args
 
 
@@ -65,7 +49,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     problems = read_problems(args.test) if args.test else embedded(args.split)
     if args.context == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")
-    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, args.max_new_tokens,
+    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, new_tokens(args, tokenizer),
                       args.seed, args.context, rows=args.sample_batch, compile=args.compile).summary()
     data = str(args.test or args.split)
     result = {"folder": str(folder), "split": data, "context": args.context, "seed": args.seed,

@@ -3,7 +3,7 @@ r"""Where the feedback falls: the per-token advantage of each context on the sol
     python -m sd.advantage                          the embedded solver, validation problems
     python -m sd.advantage runs/ref-seed0/best --teacher sd/assets --html advantage.html
     python -m sd.advantage Qwen3-1.7B --data hard.jsonl --critic self --problems 20 --samples 4 \
-                           --max-new-tokens 2048 --sample-batch 32 --dtype bfloat16
+                           --sample-batch 32 --dtype bfloat16
 
 A rollout y of problem x is reread under context c; self-distillation is a policy gradient with the advantage
 
@@ -34,7 +34,7 @@ from sd import UserError, command, losses
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import CHUNK, completion_hidden, feedback
-from sd.config import Config, pick_device
+from sd.config import Config, check_sampling, new_tokens, pick_device, sampling_options
 from sd.critic import QUOTING, Critic, SymbolicCritic
 from sd.model import Transformer
 from sd.problems import Problem, embedded, read_problems
@@ -160,12 +160,13 @@ def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, probl
 def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem],
             critics: dict[str, Critic], samples: int = 8, temperature: float = Config.temperature,
             max_new_tokens: int = Config.max_new_tokens, seed: int = 0,
-            at_once: int = Config.sample_batch) -> list[Row]:
+            at_once: int = Config.sample_batch, compile: bool = False) -> list[Row]:
     """Samples `samples` rollouts of every problem, a group of grpo's, and looks at the wrong ones."""
     owners, prompts = ([p for p in problems for _ in range(samples)],
                        [tokenizer.student_prompt(p.problem) for p in problems])
     rollouts = sample_in_parts(student, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
-                               uniforms(len(owners), max_new_tokens, seed, "advantage"), at_once)
+                               uniforms(len(owners), max_new_tokens, seed, "advantage"), at_once,
+                               compile)
     if not rollouts.logprobs.isfinite().all():
         raise UserError("the solver's probabilities are not finite, so there is nothing to look at")
     ids, cut = rollouts.completions(), rollouts.truncated.tolist()
@@ -281,26 +282,15 @@ def main() -> None:
                         help="tokens a critique may have (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=10 ** 6, metavar="N",
                         help="only the first N (default: all)")
-    parser.add_argument("--samples", type=int, default=8,
-                        help="rollouts per problem: grpo's group (default: 8)")
-    parser.add_argument("--temperature", type=float, default=Config.temperature,
-                        help="(default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=Config.max_new_tokens,
-                        help="(default: %(default)s)")
-    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch,
-                        help="rollouts sampled at once (default: %(default)s)")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seed", type=int, default=0)
+    sampling_options(parser, samples=8)         # a group of grpo's
     for name, what in (("json", "all numbers"), ("html", "a page to look at, token by token"),
                        ("svg", "the figure")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to FILE")
     args = parser.parse_args()
     args.teacher = args.teacher or args.folder
-    if (min(args.samples - 1, args.max_new_tokens, args.critic_tokens, args.sample_batch, args.problems) < 1
-            or not 0 < args.temperature < float("inf")):
-        parser.error("--samples must be 2 or more, --temperature above 0; --problems, --sample-batch and the "
-                     "numbers of tokens 1 or more")
+    check_sampling(parser, args, least=2)
+    if min(args.problems, args.critic_tokens) < 1 or not args.temperature:
+        parser.error("--problems and --critic-tokens must be 1 or more, --temperature above 0")
     where = getattr(torch, args.dtype), pick_device(args.device)
     student, tokenizer = load(args.folder, *where)
     teacher, other = load(args.teacher, *where) if args.teacher != args.folder else (student, tokenizer)
@@ -311,9 +301,10 @@ def main() -> None:
         critics = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
     else:
         critics = {"critique": language_critic(args.critic, teacher, tokenizer, args.critic_tokens,
-                                               max(1, args.sample_batch // 4))}
+                                               max(1, args.sample_batch // 4), args.compile)}
+    args.max_new_tokens = new_tokens(args, tokenizer)
     rows = analyse(student, teacher, tokenizer, problems, critics, args.samples, args.temperature,
-                   args.max_new_tokens, args.seed, args.sample_batch)
+                   args.max_new_tokens, args.seed, args.sample_batch, args.compile)
     if not rows:
         raise UserError(f"{args.folder}: no wrong rollout with a usable critique among "
                         f"{len(problems) * args.samples} of {len(problems)} {args.data or args.split} "

@@ -13,6 +13,7 @@ from sd.compile import check_compile
 from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
 from sd.scribe import check_url
+from sd.tokenizer import Tokenizer
 
 
 # These change no result but by rounding, which in bfloat16 may turn a rollout another way.
@@ -139,10 +140,42 @@ def pick_device(name: str) -> torch.device:
 
 # What the paper lists, but for its critic of 32 billion weights: here the initial policy, so that one GPU is
 # enough. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
-PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8,
+PAPER_TOKENS = 2048
+PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=PAPER_TOKENS, lr=5e-6, batch=32, epochs=7, group=8,
                          lora_rank=64, lora_alpha=128.0, divergence="forward", teacher="base",
                          dtype="bfloat16", eval_every=10, eval_samples=12, critic="self", critic_tokens=8192,
                          micro_batch=2, sample_batch=32, recompute=True)}
+
+
+def sampling_options(parser: argparse.ArgumentParser, samples: int,
+                     sample_batch: int = Config.sample_batch) -> None:
+    """What eval.py, sd.advantage and sd.problems filter share; to be checked by `check_sampling`."""
+    for name, default, text in (("samples", samples, "rollouts per problem"),
+                                ("sample-batch", sample_batch, "rollouts sampled at once"),
+                                ("temperature", Config.temperature, "of the rollouts"),
+                                ("seed", 0, "of the rollouts")):
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{text} (default: {default})")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens a rollout may have (default: "
+                        f"{Config.max_new_tokens} for the embedded solver, {PAPER_TOKENS} for a chat model)")
+    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
+
+
+def check_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int = 1) -> None:
+    """Ends the command if a number makes no sense; `least` is for --samples."""
+    tokens = 1 if args.max_new_tokens is None else args.max_new_tokens
+    if (min(args.samples - least + 1, args.sample_batch, tokens) < 1
+            or not 0 <= args.temperature < float("inf")):
+        parser.error(f"--samples must be {least} or more, --sample-batch and --max-new-tokens 1 or more, "
+                     "--temperature 0 or more")
+    if args.compile:
+        check_compile(pick_device(args.device))
+
+
+def new_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    return args.max_new_tokens or (PAPER_TOKENS if tokenizer.chat_model else Config.max_new_tokens)
 
 
 def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:

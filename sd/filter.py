@@ -22,8 +22,7 @@ import torch
 from sd import UserError, command
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
-from sd.compile import check_compile
-from sd.config import Config, pick_device
+from sd.config import check_sampling, new_tokens, pick_device, sampling_options
 from sd.problems import Problem, read_problems
 from sd.sampling import sample, uniforms
 
@@ -36,28 +35,13 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
     command.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
-    command.add_argument("--samples", type=int, default=16, help="rollouts per problem (default: 16)")
+    sampling_options(command, samples=16, sample_batch=64)
     command.add_argument("--max-correct", type=int, default=4,
-                         help="of these at most so many right (default: 4)")
+                         help="of --samples at most so many right (default: 4)")
     command.add_argument("--min-correct", type=int, default=0,
                          help="and at least so many: what a critic can solve (default: 0)")
-    command.add_argument("--temperature", type=float, default=Config.temperature,
-                         help="(default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=int, help="(default: 2048; 80 for the embedded solver)")
-    command.add_argument("--sample-batch", type=int, default=64,
-                         help="rollouts sampled at once (default: 64)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    command.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
     args = parser.parse_args()
-    if args.max_new_tokens is None:
-        args.max_new_tokens = Config.max_new_tokens if args.model == EMBEDDED else 2048
-    if args.compile:
-        check_compile(pick_device(args.device))
-    if (min(args.samples, args.max_new_tokens, args.sample_batch) < 1
-            or not 0 < args.temperature < float("inf")):
-        parser.error("--samples, --max-new-tokens, --sample-batch and --temperature must be above 0")
+    check_sampling(parser, args)
     if args.out.resolve() == args.data.resolve():
         parser.error("--out must not be --data")
     return args
@@ -93,7 +77,7 @@ def main() -> None:
     args = parse_args()
     problems = read_problems(args.data)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    room = model.config.max_position_embeddings
+    args.max_new_tokens, room = new_tokens(args, tokenizer), model.config.max_position_embeddings
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
     for p in problems:
         if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > room:
