@@ -146,6 +146,8 @@ def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, probl
         if critique.case != "D" or None in prompts.values():        # None: a malformed critique
             continue
         trace = parse(texts[i])
+        if critique.wrong == len(trace.steps) and trace.answer is None:     # boxed, not tagged: no step
+            continue
         place = locate(pieces[i], [*trace.steps, trace.answer][critique.wrong],
                        corrected(trace, critique.wrong, parse(critique.text)))
         shown = {name: of.critiques[i].text if of.critiques else problem.solution

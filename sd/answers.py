@@ -37,7 +37,8 @@ SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"
              "√": r"\sqrt", "±": r"\pm", "∞": r"\infty", "∪": r"\cup", "≤": r"\le", "≥": r"\ge",
              "sqrt": r"\sqrt", "inf": r"\infty", **{name[1:]: name for name in FUNCTIONS | NAMES}}
 TEXT = r"\\(?:text[a-z]*|mbox|mathrm)\s*\{"
-NO_UNIT = r"(?!\s*(?:[ap]\.?\s*m\b|(?:" + "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))"
+NO_UNIT = (r"(?!\s*(?:[ap]\.?\s*m\b|(?:hundred|thousand|[mb]illion|trillion|" +
+           "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))")
 UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
 # What makes no difference goes first, by regular expressions: raised digits, thousands' separators as in
 # 1{,}000 and 1,\!000, sizes of brackets, units (in \text, then plain), \text itself, matrices (as
@@ -46,7 +47,8 @@ CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
     ("²", "^2"), ("³", "^3"), (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|math(?:bf|it)|displaystyle|phantom)(?![A-Za-z])", ""),
     (r"(?<=[\w)\]}])\s*" + TEXT + NO_UNIT + r"[^{}()\d,;]*\}" + UNIT_END, ""),
-    (r"(?<=\d)\s+" + NO_UNIT + r"(?:[A-Za-z]{3,}|[ckm]?m|ft|in|k?g|lb|hr)(?:[ /]+[A-Za-z]+)*" + UNIT_END, ""),
+    (r"(?<=\d)\s+" + NO_UNIT + r"(?:[A-Za-z]{3,}|[ckm]?m|m[gLl]|ft|in|k?g|lb|oz|yd|hr)(?:[ /]+[A-Za-z]+)*" +
+     UNIT_END, ""),
     (TEXT + r"([^{}]*)\}", r" \1 "),
     (r"\\begin\{\w+\}(?:\{\w*\})?", "[["), (r"(?:\\\\\s*)?\\end\{\w+\}", "]]"), (r"\\\\", "],["), ("&", ","),
     (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
@@ -58,7 +60,7 @@ THOUSANDS = re.compile(r"\s*([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?)(?!,?\d)", re.ASC
 SYMBOL = re.compile(r"[A-Za-z]{1,2}(_\w)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+")
 BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)[$\n]|\\[{}\\]|[{}]")
 HASHES = re.compile(r"^[ \t]*####(.*)\n", re.MULTILINE)
-WRAPPED = re.compile(r"\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+WRAPPED = re.compile(r"\*\*([^*]+)\*\*|\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 # The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4);
 # an int modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
 Value = Fraction | int | list | str

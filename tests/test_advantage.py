@@ -7,6 +7,7 @@ import sys
 import threading
 from html import unescape
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -194,6 +195,15 @@ def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver
     assert found({"partial": Unsure()}, right, wrong) == [] and found(CRITICS) == []
     other = tokens_of(tokenizer, *WRONG[1])
     assert [r.ids for r in found({"any": Unsure()}, wrong, other)] == [other]
+
+
+def test_a_wrong_answer_in_a_box_after_right_steps_has_no_step_to_show(solver):
+    """A language model's critique named the answer as the wrong step, and there was none: a traceback."""
+    model, tokenizer = solver
+    steps = "<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>"
+    boxed = SimpleNamespace(batch=lambda *of: [Critique("D", steps + "\n<answer> 122 </answer>", 2)])
+    assert look(model, model, tokenizer, [PROBLEM], [tokenizer.encode(steps)], [False], [0.0],
+                {"critique": boxed}, 1.1) == []
 
 
 def test_without_reference_solutions_there_is_no_ref(solver):
