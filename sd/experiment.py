@@ -274,6 +274,8 @@ def main() -> None:
     parser.add_argument("--optimistic", action="store_true", help="also measure every checkpoint on the "
                         "test problems, to report as the paper does")
     args, extra = parser.parse_known_args()     # the rest goes to train.py: --steps 20, say, for a quick look
+    if own := {"--seed", "--cond", "--resume", "--plan"} & {word.split("=")[0] for word in extra}:
+        parser.error(f"{own.pop()} is the experiment's own; leave it out, --seeds says how many")
     out = (args.out / args.name).resolve()
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be 1 or more")

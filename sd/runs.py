@@ -241,7 +241,7 @@ class RunFolder:
             return
         for name, size in facts["logs"].items():
             if (log := self.path / Path(name).name).exists():
-                os.truncate(log, min(size, log.stat().st_size))     # a larger size would fill it with zeros
+                os.truncate(log, log.read_bytes()[:size].rfind(b"\n") + 1)      # a torn last line goes too
         for path in damaged:                                        # kept, no longer one of the two states
             path.rename(path.with_name(path.name + ".damaged"))
         for left in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):

@@ -1,6 +1,7 @@
 """The experiments' own parts: references moving away from the solver, intervals, tables of stored results."""
 import json
 import re
+import sys
 from dataclasses import asdict
 from xml.etree import ElementTree
 
@@ -152,3 +153,11 @@ def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
         assert parse(noisy.text).answer.text == str(first[3] + c * d + e * f)   # carries the error to the end
         assert parse(exact.text).answer.text == p.answer
     assert wrong / total == pytest.approx(0.3, abs=0.15)
+
+
+def test_an_option_that_the_experiment_sets_itself_is_refused(monkeypatch, capsys, tmp_path):
+    """`--seed 7` for `--seeds 7` went on to every run, and the table told of seven seeds without any spread."""
+    monkeypatch.setattr(sys, "argv", ["sd.experiment", "quoting", "--seed", "7", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        experiment.main()
+    assert "--seed is the experiment's own" in capsys.readouterr().err and not list(tmp_path.iterdir())
