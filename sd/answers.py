@@ -11,8 +11,9 @@ dropped; lists and sets have no order, tuples have one; `5` is as good as `x = 5
 is `x^2+2x+1`. But unlike in a computer algebra system, a sum or product of plain numbers is unfinished and
 equals no number: else `7*8 + 6*9` would be the answer to itself.
 
-Simplified: letters under a root count as positive; i is a letter; even roots of negative numbers, and of some
-multiples of primes > 170, equal only the same root; sin and log are not evaluated, equations not rearranged.
+Simplified: letters under a root count as positive, and sqrt(-1) is the letter i. Whether a formula, or a
+multiple of a prime > 170, is a square is left to chance: a product of two roots of such may fail to equal the
+root of the product. sin and log are not evaluated, equations not rearranged.
 """
 import re
 from fractions import Fraction
@@ -46,7 +47,7 @@ UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
 CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
     ("²", "^2"), ("³", "^3"), (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|math(?:bf|it)|displaystyle|phantom)(?![A-Za-z])", ""),
-    (r"(?<=[\w)\]}])\s*" + TEXT + NO_UNIT + r"[^{}()\d,;]*\}" + UNIT_END, ""),
+    (r"(?<=[\w)\]}])(?:\s|\\[,;:! ]|~)*" + TEXT + NO_UNIT + r"[^{}()\d,;]*\}" + UNIT_END, ""),
     (r"(?<=\d)\s+" + NO_UNIT + r"(?:[A-Za-z]{3,}|[ckm]?m|m[gLl]|ft|in|k?g|lb|oz|yd|hr)(?:[ /]+[A-Za-z]+)*" +
      UNIT_END, ""),
     (TEXT + r"([^{}]*)\}", r" \1 "),
@@ -57,7 +58,8 @@ CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
 ]]
 TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}]|[A-Za-z]+|\*\*|[<>]=|\S)", re.ASCII)
 THOUSANDS = re.compile(r"\s*([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?)(?!,?\d)", re.ASCII)
-SYMBOL = re.compile(r"[A-Za-z]{1,2}(_\w)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+")
+# What may stand before `=`: x, S_{10}, Area, \theta, f(x), (x,y).
+SYMBOL = re.compile(r"[A-Za-z]+(_\w|_\{\w+\})?|[A-Za-z]\([A-Za-z]\)|\([A-Za-z](,[A-Za-z])+\)|\\[a-z]+")
 BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\n]*)[$\n]|\\[{}\\]|[{}]")
 HASHES = re.compile(r"^[ \t]*####(.*)\n", re.MULTILINE)
 WRAPPED = re.compile(r"\*\*([^*]+)\*\*|\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
@@ -159,7 +161,8 @@ def calculate(left: Value, operator: str, right: Value) -> Value:
 
 
 def power(base: int, exponent: Fraction | int) -> int:
-    """Roots are taken among the squares. Any other number is minus a square: odd roots keep the sign."""
+    """Roots are taken among the squares. Any other number is minus a square: odd roots keep the sign, even
+    ones have a letter for the root of -1."""
     if isinstance(exponent, int):
         return letter(f"{base}^{exponent}")             # 2^n: known by its parts only
     root, squares = exponent.denominator, (PRIME - 1) // 2
@@ -167,7 +170,8 @@ def power(base: int, exponent: Fraction | int) -> int:
     if pow(base, squares, PRIME) < 2:                   # a square: 1; nothing: 0
         base = pow(base, inverse, PRIME)
     else:
-        base = -pow(-base, inverse, PRIME) if root % 2 else letter(f"root {root} of {base}")
+        unit = -1 if root % 2 else letter("i" if root == 2 else f"root {root} of -1")
+        base = unit * pow(-base, inverse, PRIME)
     return pow(base, exponent.numerator, PRIME)
 
 
@@ -206,7 +210,7 @@ class Reader:
                 pass
         return values
 
-    def expression(self, loosest: int = 1) -> Value:
+    def expression(self, loosest: int = 1, until: set[str] = frozenset()) -> Value:
         """Operands with operators that bind at least as tightly as `loosest`, by precedence climbing."""
         minus = False
         while self.next in ("+", "-"):
@@ -215,6 +219,8 @@ class Reader:
         if minus:
             value = -value if isinstance(value, Fraction) else -residue(value) % PRIME
         while True:
+            if self.next in until:
+                return value
             factor = self.next in FACTORS or len(self.next) == 1 and self.next.isalpha()
             operator = "*" if factor else self.next
             if BINDING.get(operator, 0) < loosest:
@@ -265,7 +271,7 @@ class Reader:
         elif token in FUNCTIONS:
             name = self.subscripted(token)
             exponent = self.argument() if self.met("^") else Fraction(1)
-            inside = self.operand() if self.next == "(" else self.expression(BINDING["*"])
+            inside = self.operand() if self.next == "(" else self.expression(BINDING["*"], FUNCTIONS)
             value = calculate(letter(f"{name}({show(inside)})"), "^", exponent)
         elif token in ("(", "[", "{", r"\{"):
             items = self.items(")", "]", "}", r"\}")

@@ -70,6 +70,11 @@ EQUAL = [
     (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{bmatrix} -\frac13 \\ \frac{2}{3} \end{bmatrix}"),
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ("52_8", "52_{8}"), ("52_8", "52"),
+    (r"\sqrt{4a^2+4}", r"2\sqrt{a^2+1}"), (r"\sqrt{9b^2+9}", r"3\sqrt{b^2+1}"),
+    (r"\sqrt{4x+8}", r"2\sqrt{x+2}"), (r"\sqrt{18y-9}", r"3\sqrt{2y-1}"),
+    (r"\sin x\cos x", r"\cos x\sin x"), (r"\frac{x}{2}\text{ cm}", r"\frac{x}{2}"),
+    (r"2\sqrt{3}\,\text{cm}", r"2\sqrt{3}"), (r"\pi\ \text{cm}^2", r"\pi"),
+    ("S_{10}=55", "55"), ("(x,y)=(1,2)", "(1,2)"),
 ]
 UNEQUAL = [
     ("-7", "7"), ("12", "122"), ("0.333", r"\frac13"), ("1.8", r"1\frac{3}{5}"),
@@ -93,6 +98,10 @@ PARTED = [
     ("x", "X", False), ("1,2", "(1,2)", False), ("52_8", "52_9", False), ("3:5", r"\frac35", False),
     (r"[2,\infty)", r"[2,\infty]", False), (r"8\!:\!34 \text{ p.m.}", r"8\!:\!34 \text{ a.m.}", False),
     (r"5!", "120", False), (r"2\sin x\cos x", r"\sin 2x", False), ("y = 2x+3", "2x-y+3=0", False),
+    (r"\sqrt{-3}", r"i\sqrt{3}", True), (r"\sqrt{-4}", "2i", True), (r"\sqrt{-3}", r"\sqrt{3}", False),
+    (r"\sqrt{-a-1}", r"\sqrt{a+1}", False), (r"\sqrt{-b-1}", r"\sqrt{b+1}", False),
+    (r"\sin x\cos x", r"\sin(x\cos x)", False), ("S_{10}=55", "S_{11}=55", False),
+    (r"(x,y)=(1,2)", "(2,1)", False), ("Area = 24", "24", True), ("Area = 24", "Volume = 24", False),
     ("5 million", "5", False), (r"5 \text{ thousand}", "5", False), ("18 oz", "18", True),
     ("x=5", "y=5", False),
     ("18 dollars", "18", True), (r"\sin^2 t", r"(\sin t)^2", True),
