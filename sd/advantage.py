@@ -40,7 +40,7 @@ from sd.model import Transformer
 from sd.problems import Problem, embedded, read_problems
 from sd.report import script_json
 from sd.sampling import sample_in_parts, uniforms
-from sd.scribe import language_critic
+from sd.scribe import language_critic, words
 from sd.steps import TAGS, Step, Trace, parse, token_span
 from sd.tokenizer import Tokenizer
 
@@ -84,10 +84,11 @@ def corrected(trace: Trace, wrong: int, critique: Trace) -> str | None:
     """
     if wrong == len(trace.steps):
         return critique.answer.text if critique.answer else None
-    at, texts = 0, [step.text for step in critique.steps]
+    at, steps = 0, critique.steps
     for step in trace.steps[:wrong]:
-        at = next((i + 1 for i in range(at, len(texts)) if texts[i] == step.text), len(texts))
-    return texts[at] if at < len(texts) else None
+        same = (i + 1 for i in range(at, len(steps)) if words(steps[i].text) == words(step.text))
+        at = next(same, len(steps))
+    return steps[at].text if at < len(steps) else None
 
 
 def locate(pieces: list[str], step: Step, right: str | None) -> tuple[int, int, int]:
@@ -291,6 +292,8 @@ def main() -> None:
     args = parser.parse_args()
     args.teacher = args.teacher or args.folder
     check_sampling(parser, args, least=2)
+    if args.data and args.split != "val":
+        parser.error("--split chooses among the embedded problems; leave it out beside --data")
     if min(args.problems, args.critic_tokens) < 1 or not args.temperature:
         parser.error("--problems and --critic-tokens must be 1 or more, --temperature above 0")
     where = getattr(torch, args.dtype), pick_device(args.device)

@@ -25,8 +25,8 @@ EMBEDDED = Path(__file__).parent / "assets"
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "max_position_embeddings")
-UNUSED = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sliding_window": (None, False),
-          "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
+ONLY_VALUES = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sliding_window": (None, False),
+                "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
 COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 LARGEST = 2 ** 38       # parameters; more is a broken config, told before anything is allocated
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
     for name in SIZES:
         if not isinstance(raw.get(name), int) or not 0 < raw[name] < 2**31:
             raise UserError(f"{path}: {name} must be a positive integer, not {str(raw.get(name))[:80]!r}")
-    for name, allowed in UNUSED.items():
+    for name, allowed in ONLY_VALUES.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise UserError(f"{path}: {name} {str(raw[name])[:80]!r} is not supported")
     layers = raw.get("layer_types") or []
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> ModelConfig:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in this order, as transformers
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rope_scaling and rope_parameters must be one object for all layers")
-    if rope.get("partial_rotary_factor") not in UNUSED["partial_rotary_factor"]:
+    if rope.get("partial_rotary_factor") not in ONLY_VALUES["partial_rotary_factor"]:
         raise UserError(f"{path}: partial_rotary_factor {str(rope['partial_rotary_factor'])[:80]!r} "
                         "is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if raw["model_type"] == "llama" else None))

@@ -75,13 +75,14 @@ def narrowed(model: Transformer) -> Transformer:
         module._parameters = {name: p if p is None else nn.Parameter(p.detach().to(kind), requires_grad=False)
                               for name, p in module._parameters.items()}
         return module
-    return model if all(p.dtype == kind for p in model.parameters()) else rebuilt(model, cast)
+    return model if all(p.dtype == kind for p in model.parameters()) else with_replaced(model, cast)
 
 
-def rebuilt(module: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy of a module tree that shares every tensor, with `other(part)` in a part's place unless None."""
+def with_replaced(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of a module tree that shares every tensor, with `replacement(part)` for a part, unless None."""
     twin = copy(module)
-    twin._modules = {name: other(part) or rebuilt(part, other) for name, part in module._modules.items()}
+    twin._modules = {name: replacement(part) or with_replaced(part, replacement)
+                     for name, part in module._modules.items()}
     return twin
 
 
@@ -123,7 +124,7 @@ library.register_fake("sd::numbered_linear", lambda x, number, out, bias: x.new_
 def packed(model: Transformer, rows: int) -> Transformer:
     """A copy that shares all but the packed weights with the model; stale after the next optimiser step."""
     numbers = itertools.count()
-    return rebuilt(model, lambda part: Packed(part, rows, next(numbers))
+    return with_replaced(model, lambda part: Packed(part, rows, next(numbers))
                    if isinstance(part, (nn.Linear, LoRALinear)) else None)
 
 

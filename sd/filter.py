@@ -6,8 +6,8 @@ r"""Keeps the problems that are hard for a solver: at most 4 of 16 rollouts righ
         --min-correct 1 --max-correct 16
 
 Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was stopped goes on there, and
-another --max-correct needs no new rollouts. Chance is made per problem, so neither order nor batch size
-changes a count.
+another --max-correct needs no new rollouts. Random numbers are made per problem, so neither order nor batch
+size changes a count.
 """
 import argparse
 import json
@@ -36,12 +36,13 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
     sampling_options(command, samples=16, sample_batch=64)
-    command.add_argument("--max-correct", type=int, default=4,
-                         help="of --samples at most so many right (default: 4)")
+    command.add_argument("--max-correct", type=int, default=None,
+                         help="of --samples at most so many right (default: a quarter)")
     command.add_argument("--min-correct", type=int, default=0,
                          help="and at least so many: what a critic can solve (default: 0)")
     args = parser.parse_args()
     check_sampling(parser, args)
+    args.max_correct = args.samples // 4 if args.max_correct is None else args.max_correct
     if args.out.resolve() == args.data.resolve():
         parser.error("--out must not be --data")
     return args
@@ -61,14 +62,14 @@ def known_counts(path: Path, settings: dict) -> dict[str, int]:
                         "remove it or choose another --out") from None
     if first != settings:
         differ = [key for key in settings if not isinstance(first, dict) or first.get(key) != settings[key]]
-        raise UserError(f"{path}: counted with another {', '.join(differ)}; "
+        raise UserError(f"{path}: was counted with a different {', '.join(differ)}; "
                         "remove it or choose another --out")
     os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))   # a line half written when killed goes
     return counts
 
 
 def key(p: Problem) -> str:
-    """Not its id: that may stay while the problem changes."""
+    """Names a problem by its words, as its id may stay while they change."""
     return sha256(json.dumps([p.problem, p.answer]).encode()).hexdigest()[:16]
 
 

@@ -90,9 +90,9 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
         out["adapter"] = trained * 4
     if copies:
         out["self-teacher"] = copies * trained * 4          # what is frozen is shared
-    own = critique and not (config.critic in ("symbolic", "self") or "://" in config.critic)
-    judge = read_config(Path(config.critic)) if own else shape
-    if own:
+    loads_a_critic = critique and not (config.critic in ("symbolic", "self") or "://" in config.critic)
+    judge = read_config(Path(config.critic)) if loads_a_critic else shape
+    if loads_a_critic:
         out["critic"] = parameters(judge)[0] * size
     out["gradients"] = trained * 4
     out["AdamW's moments"] = trained * 8
@@ -102,7 +102,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
                  config.eval_samples)
     rows = min(config.sample_batch, max(rollouts, validated))
     out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, cpu)
-    if critique and (own or config.critic == "self"):
+    if critique and (loads_a_critic or config.critic == "self"):
         read = min(SCRIBE + PROMPT + 2 * new, max(1, judge.max_position_embeddings - config.critic_tokens))
         out["phase: the critic's key/value cache"] = sampling(judge, min(config.critic_batch, rollouts), read,
                                                               config.critic_tokens, size, cpu)
@@ -122,12 +122,13 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     return out
 
 
-def flops(shape: ModelConfig, prompt: int, new: int, passes: float) -> float:
-    """Operations of a rollout's `passes` (1: a forward pass). Only new tokens reach the output projection."""
+def flops(shape: ModelConfig, prompt: int, new: int, passes: float, recomputed: int = 0) -> float:
+    """Operations of a rollout's `passes` (1: a forward pass), and of those through the layers alone which
+    --recompute adds. Only new tokens reach the output projection."""
     T, HD = prompt + new, shape.num_attention_heads * shape.head_dim
     attention = 2 * T * T * HD * shape.num_hidden_layers            # scores and values, half of them masked
-    return passes * (2 * parameters(shape)[1] * T +
-                     2 * shape.vocab_size * shape.hidden_size * new + attention)
+    layers, head = 2 * parameters(shape)[1] * T + attention, 2 * shape.vocab_size * shape.hidden_size * new
+    return (passes + recomputed) * layers + passes * head
 
 
 def counts(config: Config) -> tuple[int, int]:
@@ -162,8 +163,9 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
                                 config.critic_tokens)
     if config.cond != "grpo":
         out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
-    passes = (2 if config.lora_rank else 3) + config.recompute    # a frozen weight has no gradient of its own
-    out["student, forward and backward"] = rollouts * flops(shape, PROMPT, new, passes), 0, 0
+    passes = 2 if config.lora_rank else 3           # a frozen weight has no gradient of its own
+    student = flops(shape, PROMPT, new, passes, config.recompute)
+    out["student, forward and backward"] = rollouts * student, 0, 0
     k = config.eval_samples
     evaluated = (-(-steps // config.eval_every) + 1) * validation * k / ranks
     return out | {"evaluations": sampled(shape, evaluated, max(1, config.sample_batch // k) * k, PROMPT, new)}
@@ -183,7 +185,7 @@ def plan(config: Config, gib: float = 0) -> str:
     lines += [f"  {name:44s} {size / GIB:8.2f} GiB" for name, size in parts.items()]
     verdict = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
     lines.append(f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB" +
-                 (f": {verdict} {gib:g} GiB with a tenth to spare" if gib else ""))
+                 (f": {verdict} {gib:g} GiB, a tenth kept free" if gib else ""))
     if verdict != "fits":
         lines.append("lower --micro-batch or --sample-batch, use --recompute, "
                      "or --dtype bfloat16 with --lora-rank")

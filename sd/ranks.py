@@ -2,7 +2,7 @@
 
 Plain data parallelism over collective operations, no wrapper around the model: every rank holds the same
 weights, samples and scores its share of the problems, gradients are summed, and every rank takes the same
-step. Since chance is made per rollout (`sampling.uniforms`), N ranks train on the very rollouts of one
+step. Since random numbers are made per rollout (`sampling.uniforms`), N ranks train on the very rollouts of one
 process. Rank 0 alone writes and prints. Without torchrun all of this does nothing. Rows travel between ranks
 as JSON: no pickle.
 """

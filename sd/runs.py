@@ -5,7 +5,7 @@
 
 The state holds what the next step depends on and the files do not: trained weights, AdamW's moments, the ema
 teacher, the best score, and how long the two logs were (a resumed run cuts off what was written after).
-Chance needs no state: it is made from the seed and the step. Two states are kept, each with a checksum; the
+Random numbers need no state: they are made from the seed and the step. Two states are kept, each with a checksum; the
 older one serves if the newer is damaged.
 """
 import hashlib
@@ -99,7 +99,7 @@ class RunFolder:
     def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
         """Called once all that the user has given is checked. Returns the step to go on from.
 
-        Raises UserError if the run to resume has no whole state, or had other problems.
+        Raises UserError if the run to resume has no intact state, or had other problems.
         """
         self.optimizer, self.steps = optimizer, steps
         self.data = hashlib.sha256(json.dumps([asdict(p) for p in problems]).encode()).hexdigest()
@@ -172,8 +172,8 @@ class RunFolder:
                 with open(self.path / name, "a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free the space, "
-                            f"then go on with --resume {self.path}") from None
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free some space, "
+                            f"then continue with --resume {self.path}") from None
 
     def _state(self) -> dict[str, torch.Tensor]:
         tensors = {f"student.{name}": p for name, p in self.trained.items()}
@@ -204,7 +204,7 @@ class RunFolder:
         return sorted(found, key=lambda p: -int(p.stem[6:]))
 
     def _load_state(self) -> None:
-        """Raises UserError if no state is whole, or if it is not one of this run's model."""
+        """Raises UserError if no state is intact, or if it is not one of this run's model."""
         damaged: list[Path] = []
         for path in self._states():
             try:
@@ -218,7 +218,7 @@ class RunFolder:
                 self._say(f"{path}: damaged ({error}); looking for the state before it")
                 damaged.append(path)
         else:
-            raise UserError(f"{self.path}: holds no whole state-N.safetensors to resume from")
+            raise UserError(f"{self.path}: has no intact state-N.safetensors to resume from")
         if facts.get("data") != self.data:
             raise UserError(f"{self.path}: the problems in --data or --val are not those that "
                             "this run began with; put them back")

@@ -6,7 +6,7 @@ sampled several times (a GRPO group, Avg@k) is prefilled once. Rows that reached
 batch now and then, so a short rollout does not wait for a long one at full cost. Only temperature shapes the
 distribution: top-p and top-k would bias the log-probabilities that the loss relies on.
 
-All chance is one uniform number per rollout and token, drawn beforehand from a seed. So a rollout does
+All randomness is one uniform number per rollout and token, drawn beforehand from a seed. So a rollout does
 not depend on which others share its batch, on the number of processes, or on the device, but for rounding (in
 bfloat16 that is coarse: some rollouts in a hundred then part ways); a resumed run needs no generator state.
 """

@@ -47,7 +47,7 @@ HERO = "Ilvar"    # in every step of the example, so that a critic which copies 
 EXAMPLE = f"""\
 An example of case D:
 ~~~ problem
-{HERO} packs 3 crates of 14 pears, eats 5 pears and sells the others at 2 coins each. How many coins are that?
+{HERO} packs 3 crates of 14 pears, eats 5 pears and sells the others at 2 coins each. How many coins is that?
 ~~~ trace of the solver
 <step_1> {HERO} packs 3 * 14 = 42 pears </step_1>
 <step_2> {HERO} sells 42 - 5 = 38 pears </step_2>
@@ -90,7 +90,7 @@ def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool =
         right answer, one not found    B, wrong = that step: the teacher disagrees there, for whatever reason
         right answer, all found        A, or B if the critique has more steps; wrong None
     """
-    flat, answer = _words(output), parse(output).answer
+    flat, answer = words(output), parse(output).answer
     before = parse(output[:answer.start] if answer else output)
     since = before.answer.end if before.answer else 0
     filled = [step for step in before.steps if step.text]
@@ -106,20 +106,22 @@ def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool =
         if found:
             return Critique("", output[:2000], malformed=reason)        # its text is for the log
 
-    written, copies = parse(text).steps, map(_words, steps)
+    written, copies = parse(text).steps, map(words, steps)
+    at_answer = len(written)
     if truncated and written and not written[-1].closed and written[-1].end == len(text):
         written.pop()                                       # cut off in mid-step: unfinished, not wrong
     # `in` goes on from where the step before was found, so that insertions do not matter
-    wrong = next((i for i, step in enumerate(written) if _words(step.text) not in copies), None)
+    wrong = next((i for i, step in enumerate(written) if words(step.text) not in copies), None)
     critique, given = render(steps, answer.text), final_answer(text, truncated)
     if given is None:
         return Critique("C", critique)
     if not equal(given, problem.answer):
-        return Critique("D", critique, len(written) if wrong is None else wrong)
+        return Critique("D", critique, at_answer if wrong is None else wrong)
     return Critique("A" if wrong is None and len(steps) == len(written) else "B", critique, wrong)
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
+    """What of a step must agree for it to count as copied: all but white space and typed control tokens."""
     return " ".join(CONTROL.sub("< ", text).split())
 
 
@@ -149,7 +151,8 @@ class LocalCritic:
             for i, ids, cut in zip(rows, out.completions(), out.truncated.tolist()):
                 thought = end in ids                        # by id: a typed `</think>` is other tokens
                 output = self.tokenizer.decode(ids[len(ids) - ids[::-1].index(end):] if thought else ids)
-                critiques[i] = align(*rollouts[i], output, cut or self.thinking and not thought)
+                unfinished = not thought and self.tokenizer.think_start in ids
+                critiques[i] = align(*rollouts[i], output, cut or unfinished)
         return critiques
 
 
@@ -242,12 +245,12 @@ class ServerCritic:
                     if any(result) or attempt == self.retries:          # else empty: perhaps only this time
                         return result
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    happened = f"an answer that is no JSON of the expected shape ({_shown(body)})"
-        resume = "; put it right and go on with --resume" if payload else ""
+                    happened = f"an answer that is not JSON of the expected shape ({_shown(body)})"
+        resume = "; fix this, then continue with --resume" if payload else ""
         raise UserError(f"{self.url}{path}: {happened}, attempt {attempt + 1} of {self.retries + 1}{resume}")
 
     def _once(self, path: str, payload: dict | None) -> tuple[int, str, str]:
-        """One request: status, Retry-After, body. A body too large or too slow is cut, and so no JSON."""
+        """One request: status, Retry-After, body. A body too large or too slow is cut, and so is not JSON."""
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {_key()}"} if _key() else {})
         request = Request(self.url + path, json.dumps(payload).encode() if payload else None, headers)

@@ -60,7 +60,8 @@ class Tokenizer:
         if not self.eos:
             raise UserError(f"{path}: knows none of the tokens that end a text: {' '.join(ENDS)}")
         self.chat_model = self.fast.token_to_id("<|im_start|>") is not None
-        self.think_end, self.unknown = map(self.fast.token_to_id, ("</think>", "<unk>"))
+        self.think_start, self.think_end, self.unknown = map(self.fast.token_to_id,
+                                                             ("<think>", "</think>", "<unk>"))
 
     def encode(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids

@@ -51,6 +51,23 @@ def test_the_interval_is_the_textbooks_for_one_seed_and_wider_when_seeds_differ(
     assert (low, high) == pytest.approx((values.mean() - 0.98, values.mean() + 0.98), abs=0.2)
     low, high = interval(np.concatenate([values - 20, values, values + 20]))
     assert high - low > 20
+    # seeds alone: Student's t of two degrees of freedom, 4.30 * sqrt(1 / 3); of one, 12.71 * sqrt(0.5 / 2)
+    assert interval(np.array([[1.0] * 9, [2.0] * 9, [3.0] * 9])) == pytest.approx((-0.4826, 4.4826), abs=1e-3)
+    assert interval(np.array([[1.0] * 9, [2.0] * 9])) == pytest.approx((-4.855, 7.855), abs=1e-3)
+    assert interval(np.repeat(np.arange(30.0), 9).reshape(30, 9))[0] > 14.5 - 2.27 * 8.81 / 30 ** 0.5   # many
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds):
+    """Of 200 problems: effects of seed, of problem and of both, as in the runs; a bootstrap of three seeds
+    covered the truth 82 times of 100."""
+    rng, hits = np.random.default_rng(seeds), 0
+    for _ in range(400):
+        values = (3 * rng.normal(size=(seeds, 1)) + 15 * rng.normal(size=(1, 200))
+                  + 10 * rng.normal(size=(seeds, 200)))
+        low, high = interval(values)
+        hits += low <= 0 <= high
+    assert 0.92 <= hits / 400
 
 
 def stored(folder, avg, rollouts):
@@ -91,37 +108,49 @@ def test_the_figure_shows_what_was_measured():
 def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp_path, monkeypatch):
     commands = []
 
-    def started(command, threads):
+    def run_command(command, threads):
         commands.append(command[1:])
         if command[1] == "eval.py":
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(asdict(made)))
             (folder / "test.json").write_text(json.dumps({"avg@12": {"mean": 1.0}}))
-    monkeypatch.setattr(experiment, "started", started)
+    made, extra = Config(cond="ref", seed=7, temperature=0.9), ["--temperature", "0.9"]
+    monkeypatch.setattr(experiment, "run_command", run_command)
     for name, files in (("new", []), ("killed early", ["config.json"]),
                         ("killed", ["config.json", "state-3.safetensors"])):
-        folder = tmp_path / name
+        folder = tmp_path / name / "main/ref-7"
         for file in files:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text("")
-        run(folder, ["--cond", "ref"], 7, 1, ["--steps", "2"])
+        run(folder, ["--cond", "ref"], 7, 1, extra)
         first, second = commands[-2:]
         assert second[:2] == ["eval.py", str(folder / "best")]
-        fresh = ["train.py", "--cond", "ref", "--seed", "7", "--out", str(folder), "--steps", "2"]
+        assert second[second.index("--temperature") + 1] == "0.9"       # tested as it was trained
+        fresh = ["train.py", "--cond", "ref", "--seed", "7", "--temperature", "0.9", "--out", str(folder)]
         assert first == (["train.py", "--resume", str(folder)] if name == "killed" else fresh)
         count = len(commands)
-        run(folder, ["--cond", "ref"], 7, 1, [])
+        run(folder, ["--cond", "ref"], 7, 1, extra)
         assert len(commands) == count
+    (folder / "config.json").write_text("{}")           # another version's: not known to be what is asked for
+    with pytest.raises(UserError, match="another version"):
+        run(folder, ["--cond", "ref"], 7, 1, extra)
 
 
 def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are_the_same(
         tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "started", lambda command, threads: pytest.fail(str(command)))
+    monkeypatch.setattr(experiment, "run_command", lambda command, threads: pytest.fail(str(command)))
     made = tmp_path / "main/ref-0"
     stored(made, [0.5], 32)
     (made / "config.json").write_text(json.dumps(asdict(
         Config(cond="ref", steps=2, keep=True, out="somewhere"))))
     run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, ["--steps", "2"])
     assert (tmp_path / "teacher/ref-base-0/test.json").read_text() == (made / "test.json").read_text()
+    monkeypatch.setattr(experiment.shutil, "copytree", lambda old, new: (new.mkdir(parents=True), 1 / 0))
+    with pytest.raises(ZeroDivisionError):                              # killed while it copied
+        run(tmp_path / "quoting/ref-0", ["--cond", "ref"], 0, 1, ["--steps", "2"])
+    assert not (tmp_path / "quoting/ref-0").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment, "run_command", lambda command, threads: pytest.fail(str(command)))
     with pytest.raises(UserError, match="made with other options"):     # not passed off as the one asked for
         run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, [])
     for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0),
@@ -156,8 +185,10 @@ def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
 
 
 def test_an_option_that_the_experiment_sets_itself_is_refused(monkeypatch, capsys, tmp_path):
-    """`--seed 7` for `--seeds 7` went on to every run, and the table told of seven seeds without any spread."""
-    monkeypatch.setattr(sys, "argv", ["sd.experiment", "quoting", "--seed", "7", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        experiment.main()
-    assert "--seed is the experiment's own" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    """`--seed 7` for `--seeds 7` went on to every run, and the table told of seven seeds without any spread.
+    A model of one's own was trained, and tested on the embedded problems."""
+    for option, value in ("--seed", "7"), ("--model", "mine"):
+        monkeypatch.setattr(sys, "argv", ["sd.experiment", "quoting", option, value, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            experiment.main()
+        assert f"{option} is the experiment's own" in capsys.readouterr().err and not list(tmp_path.iterdir())

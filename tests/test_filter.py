@@ -68,6 +68,11 @@ def test_what_a_critic_can_solve_is_kept_by_its_least_count(run, tmp_path):
     assert kept == {name for name, count in everything.items() if count} and 0 < len(kept) < 12
 
 
+def test_hard_means_at_most_a_quarter_right_unless_told(run, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "OPTIONS", ["--samples", "8"])
+    assert "with 0 to 2 right of 8" in run(problems=2)[1]
+
+
 @pytest.mark.parametrize("text", ["\udcff", "[" * 100_000, "{}\n{}\n",
                                   '{}\n{"problem": "x", "correct": "many"}\n', "null\n3\n"])
 def test_a_file_that_holds_no_counts_is_told(run, tmp_path, text):

@@ -274,7 +274,7 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 @pytest.fixture
 def three(tmp_path):
     """Two seeds of critique and a grpo run with eight times the rollouts, which stopped a step earlier."""
-    grpo = [VALIDATED[0], TRAINED[0] | {"rollouts": 256, "loss": 0.5}, {"step": 1, "val_avg@4": 10}]
+    grpo = [VALIDATED[0], TRAINED[0] | {"rollouts": 256, "loss": 0.5, "seconds": 119.7}, {"step": 1, "val_avg@4": 10}]
     better = [row | {"val_avg@4": 80.5} if row is VALIDATED[1] else row for row in METRICS]
     return page([read_run(folder) for folder in (
         write_run(tmp_path / "c0"), write_run(tmp_path / "c1", better, seed=1),
@@ -297,7 +297,7 @@ def test_a_browser_draws_every_curve_and_the_table(three, tmp_path):
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
     assert rows == [["critique", "0", "63.25", "2", "63.25", "4.25", "2", "64", "2 min 11 s"],
                     ["critique", "1", "80.50", "2", "80.50", "4.25", "2", "64", "2 min 11 s"],
-                    ["grpo", "0", "10.00", "1", "10.00", "4.25", "1", "256", "4 s"]]
+                    ["grpo", "0", "10.00", "1", "10.00", "4.25", "1", "256", "2 min 0 s"]]
 
 
 @needs_chromium
@@ -340,7 +340,12 @@ MARKED = [      # trace, critique, case, what is marked in the one and in the ot
      "<step_1> 7*8=56 </step_1>\n<step_2> 56+52=108 </step_2>\n<answer> 110 </answer>", "D",
      ["<answer> 108 </answer>", "<answer> 110 </answer>"]),                     # a step is inserted
     (RIGHT.replace("110 </a", "111 </a"), RIGHT, "D", ["<answer> 111 </answer>", "<answer> 110 </answer>"]),
-    (TRACE + "\nmore", TRACE, "D", ["more"]),                                   # nothing is in its place
+    (TRACE.replace("6*9", "so\n6*9") + "\nmore", RIGHT.replace("7*8", "7*8 "), "D",  # 7*8 =56 is no copy
+     ["<step_1> 7*8=56 </step_1>", "<step_1> 7*8 =56 </step_1>"]),
+    ("well,\n" + TRACE.replace("7*8", "so\n7*8").replace("6*9", "and\n6*9"), RIGHT.replace("7*8", "so 7*8"), "D",
+     ["<step_2> and\n6*9=52 </step_2>", "<step_2> 6*9=54 </step_2>"]),           # a step of several lines
+    (TRACE, TRACE.split("<answer>")[0], "D", ["<answer> 108 </answer>"]),       # nothing is in its place
+    (TRACE + "\nmore", TRACE, "D", []),                                         # it is no step
     (TRACE, RIGHT, "C", []), (RIGHT, RIGHT, "A", []), (RIGHT, RIGHT, "D", []),
     (EVIL.replace("\ud800", ""), RIGHT, "", []),
 ]

@@ -115,6 +115,22 @@ def test_a_damaged_state_gives_way_to_the_one_before(trainer, whole, tmp_path, h
     assert_same(out, whole[0] / "plain")
 
 
+def test_a_line_of_a_log_that_was_half_written_goes_when_the_run_goes_on(trainer, whole, tmp_path):
+    """A full disk tears a line, and the state that is saved then counts the torn half too."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    run_state = sorted(out.glob("state-*"))[0]
+    (out / f"state-{STEPS}.safetensors").unlink()
+    log = out / "metrics.jsonl"
+    lines, facts = log.read_bytes().splitlines(True), json.loads(
+        safe_open(run_state, "pt").metadata()["run"])
+    kept = facts["logs"]["metrics.jsonl"]
+    log.write_bytes(b"".join(lines)[:kept - 7])         # its last seven bytes were lost
+    code, text = trainer(["--resume", out])
+    assert code == 0, text
+    assert all(json.loads(line) for line in log.read_text().splitlines())
+
+
 @pytest.fixture
 def open_run():
     """A folder's run with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
@@ -164,7 +180,7 @@ def test_without_a_whole_state_a_run_is_not_resumed(whole, tmp_path, here):
         flip(path, path.stat().st_size // 2)
     metrics = (out / "metrics.jsonl").read_text()
     code, text = here("--resume", out)
-    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: holds no whole state"), text
+    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: has no intact state"), text
     assert "Traceback" not in text and (out / "metrics.jsonl").read_text() == metrics
 
 
@@ -176,7 +192,7 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole, tmp_path, here):
         flip(path, path.stat().st_size - 9)
     before = {path: sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
     code, text = here("--resume", out)
-    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: holds no whole state"), text
+    assert code == 2 and text.splitlines()[-1].startswith(f"train.py: {out}: has no intact state"), text
     assert before == {path: sha256(path.read_bytes()).hexdigest()
                       for path in out.rglob("*") if path.is_file()}
 

@@ -72,6 +72,8 @@ CASES = {   # name: trace, truncated, output, case, steps of the critique, wrong
     "D after an insertion": (render(["7*8=56", "56+54=100"], "100"), False,
                              render(STEPS[:2] + STEPS[3:], "122"), "D", STEPS[:2] + STEPS[3:], 1),
     "D only the answer": (RIGHT.replace("> 122 <", "> 121 <"), False, RIGHT, "D", STEPS, 5),
+    "D cut off after a wrong answer": (RIGHT.replace("> 122 <", "> 121 <") + "<step_6> so", True, RIGHT, "D",
+                                       STEPS, 6),
     "D no steps": ("<answer> 121 </answer>", False, RIGHT, "D", STEPS, 0),
     "D order changed": (render([STEPS[i] for i in (1, 0, 2, 3, 4)], "1"), False, RIGHT, "D", STEPS, 1),
     "any numbers": (WRONG, False, RIGHT.replace("step_1", "step_9").replace("step_3", "step_0"), "D",
@@ -149,12 +151,12 @@ def test_align_never_raises_whatever_the_texts():
 
 # --- a model on this machine --------------------------------------------------------------------------------
 
-THINK_END, EOS = 5, (1, 2)
+THINK_START, THINK_END, EOS = 6, 5, (1, 2)
 
 
 class Characters:
     """A tokenizer of one id per character, from 10 on, beside control tokens that decode to nothing."""
-    eos, think_end = EOS, THINK_END
+    eos, think_start, think_end = EOS, THINK_START, THINK_END
 
     def chat(self, user, thinking):
         return [3 + thinking, *(ord(c) + 10 for c in user)]
@@ -207,10 +209,15 @@ def test_thinking_is_stripped_by_id_and_slices_keep_the_order(local):
 
 
 def test_a_thought_or_a_critique_that_runs_out_of_tokens_is_cut_off(local):
-    local.answers |= {"open thought": [*ids(RIGHT), 1], "no end": [THINK_END, *ids(RIGHT)],
+    local.answers |= {"open thought": [THINK_START, *ids(RIGHT), 1], "no end": [THINK_END, *ids(RIGHT)],
                       "fine": [THINK_END, *ids(RIGHT), 1]}
     critiques = local.make().batch(problems(*local.answers), [WRONG] * 3, [False] * 3)
     assert [c.malformed for c in critiques] == ["cut off", "cut off", ""]
+
+
+def test_a_model_that_could_think_but_does_not_is_taken_at_its_word(local):
+    local.answers["p"] = [*ids(RIGHT), 1]
+    assert local.make().batch(problems("p"), [WRONG], [False])[0].case == "D"
 
 
 def test_without_thinking_the_whole_answer_counts(local, monkeypatch):
@@ -397,8 +404,8 @@ def test_what_passes_is_asked_again(server, bad):
 
 
 @pytest.mark.parametrize("bad, told", [
-    ((500, {}, "oops"), "HTTP 500 ('oops')"), (HTML, "'<html>Sign in</html>'"), (PARTIAL, "no JSON"),
-    (None, "no answer"), (SHAPES[0], "no JSON of the expected shape"),
+    ((500, {}, "oops"), "HTTP 500 ('oops')"), (HTML, "'<html>Sign in</html>'"), (PARTIAL, "not JSON"),
+    (None, "no answer"), (SHAPES[0], "not JSON of the expected shape"),
     ((502, {}, "a\nb\x1b[31m" + "z" * 999), r"('a\nb\x1b[31mz")])
 def test_what_does_not_pass_is_told_in_one_sentence(server, bad, told):
     server.answer = lambda name, n: bad
@@ -497,12 +504,12 @@ def test_an_answer_that_drips_or_never_ends_is_given_up(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Handler, "reply", drip)
         start = time.monotonic()
-        with pytest.raises(UserError, match="no JSON"):
+        with pytest.raises(UserError, match="not JSON"):
             asked.batch([PROBLEM], [WRONG], [False])
         assert time.monotonic() - start < 0.5
     monkeypatch.setattr(scribe, "LARGEST", 1000)
     server.answer = lambda name, n: chat(" " * 200_000 + RIGHT)
-    assert "no JSON" in failure(server, retries=0)
+    assert "not JSON" in failure(server, retries=0)
 
 
 @pytest.mark.parametrize("answer, reason", [
