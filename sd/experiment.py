@@ -176,7 +176,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 def summary(out: Path, names: list[str], seeds: int) -> dict:
     """Numbers of all arms from what their runs stored."""
-    arms, per_problem = {}, {}
+    arms, per_problem, problems = {}, {}, {}
     for name in names:
         folders = [out / f"{slug(name)}-{seed}" for seed in range(seeds)]
         tests = [json.loads((f / "test.json").read_text()) for f in folders]
@@ -191,10 +191,9 @@ def summary(out: Path, names: list[str], seeds: int) -> dict:
             arm["best checkpoint per metric"] = {
                 key: [max(t[key]["mean"] for t in of_run) for of_run in every]
                 for key in ("avg@12", "maj@12", "pass@12")}
-        arms[name] = arm
+        arms[name], problems[name] = arm, tests[0].get("split")
         per_problem[name] = 100 * np.array([t["values"]["avg"] for t in tests])          # (seeds, problems)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]
-             if per_problem[a].shape == per_problem[b].shape]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if problems[a] == problems[b]]
     differences = {f"{a} - {b}": [float((per_problem[a] - per_problem[b]).mean()),
                                   *interval(per_problem[a] - per_problem[b])] for a, b in pairs}
     return {"seeds": seeds, "arms": arms, "differences in avg@12": differences}
