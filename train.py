@@ -56,7 +56,7 @@ def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pr
     for p, prompt in prompts:
         if len(prompt) > limit:
             raise UserError(f"problem {p.id!r}: its prompt has {len(prompt)} tokens, {limit} fit the model "
-                            "beside --max-new-tokens; remove it or lower that")
+                            "beside --max-new-tokens; remove it or lower that option")
     if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have "
                         "no solution to show")
@@ -155,7 +155,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
         if step == 0 and len(rows) >= 8 and malformed and all(row["malformed"] for row in rows):
             raise UserError(f"step 1: all {len(rows)} critiques are malformed, the first one: "
                             f"{rows[0]['malformed']}; nothing was updated. "
-                            "Take more --critic-tokens or another --critic")
+                            "Raise --critic-tokens or choose another --critic")
         mean = lambda key: sum(row[key] for row in rows) / len(rows)
         surprise, shortened = ranks.total(-rollouts.logprobs.sum().item()), ranks.total(told.shortened)
 

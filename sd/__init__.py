@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can put right, in one sentence. The commands print it and exit with status 2."""
+    """An error that the user can fix, told in one sentence. The commands print it and exit with status 2."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a type for CUDA alone, and not for all of that; elsewhere its libraries say it in words."""
+    """PyTorch has an exception type for CUDA alone, and not for all of it; else only the message tells."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory",
              "not create a primitive")
     return (isinstance(error, MemoryError)
@@ -17,7 +17,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
-    """Decorates a command's `main`, to return its exit status and show no traceback for what is no bug."""
+    """Decorates a command's `main` so that it returns an exit status and shows a traceback only for bugs."""
     def decorate(main: Callable[..., None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(*args) -> int:

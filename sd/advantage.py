@@ -9,13 +9,13 @@ A rollout y of problem x is reread under context c; self-distillation is a polic
 
     A_t = log teacher(y_t | x, c, y_<t) - log student(y_t | x, y_<t)    at the rollout temperature, in float32
 
-Strictly, that is the reverse KL's gradient (`sampled` estimates it). The forward KL's, with respect to the
-logits, is softmax(student) - softmax(teacher): of it, A_t shows where the two disagree, and which way.
+Strictly, this holds for the reverse KL's gradient (`sampled` estimates it). The forward KL's, with respect to
+the logits, is softmax(student) - softmax(teacher): there A_t shows where the two disagree, and which way.
 
 c is the critique as partial copy, full quote or omission, or the reference solution; beside them stands
-grpo's constant A_i = (r_i - mean(r)) / std(r). A rollout is wrong if its answer is and the critic finds a
-first wrong step (case D). Simplified: only the sampled token counts, the loss sums over the vocabulary;
-characters tell where a step departs.
+grpo's constant A_i = (r_i - mean(r)) / std(r). A rollout counts as wrong if its answer is wrong and the
+critic finds a first wrong step (case D). Simplified: only the sampled token counts, whereas the loss sums
+over the vocabulary; where a step departs from its correction is decided by comparing characters.
 """
 import argparse
 import json
@@ -46,7 +46,7 @@ from sd.tokenizer import Tokenizer
 
 KINDS, MASS = (("correct steps before", "wrong step up to error", "first wrong token", "after it"),
                "A<0 on wrong step")
-LINEAR = 0.1            # the figures are linear about 0, logarithmic beyond: A_t goes from +0.1 to below -10
+LINEAR = 0.1            # figures are linear near 0, logarithmic beyond: A_t goes from +0.1 to below -10
 SHOWN = 12              # rollouts on the page
 MICRO = 16              # rollouts read at once
 INTERVAL, MINUS = "{mean:.2f} [{low:.2f}, {high:.2f}]", "\u2212"
@@ -55,7 +55,7 @@ TEMPLATE = Path(__file__).parent / "assets/advantage.html"
 
 @dataclass
 class Row:
-    """A wrong rollout of T tokens; `first` is the first wrong one, [start, end) those of the wrong step."""
+    """A wrong rollout of T tokens; `first` is the first wrong token, [start, end) spans the wrong step."""
     problem: Problem
     ids: list[int]
     pieces: list[str]
@@ -65,7 +65,7 @@ class Row:
     grpo: float                     # A_i
     contexts: dict[str, str]        # name -> what the self-teacher is shown
     prompts: dict[str, list[int]]   # "student" and each context -> the prompt
-    logp: dict[str, np.ndarray] = field(default_factory=dict)   # the same -> (T) log-probabilities of y
+    logp: dict[str, np.ndarray] = field(default_factory=dict)   # same names -> (T) log-probabilities of y
 
     def kinds(self) -> np.ndarray:
         """(T) indices into KINDS."""
@@ -78,9 +78,9 @@ class Row:
 
 
 def corrected(trace: Trace, wrong: int, critique: Trace) -> str | None:
-    """What the critique says instead of step `wrong`: the step after its copy of those before, if any.
+    """What the critique says instead of step `wrong`: the step after its copies of those before, if any.
 
-    Not just its step `wrong`: the critic may have inserted missing steps among the copied ones.
+    Not simply the critique's step `wrong`: the critic may have inserted missing steps among the copied ones.
     """
     if wrong == len(trace.steps):
         return critique.answer.text if critique.answer else None
@@ -94,8 +94,9 @@ def corrected(trace: Trace, wrong: int, critique: Trace) -> str | None:
 def locate(pieces: list[str], step: Step, right: str | None) -> tuple[int, int, int]:
     r"""The wrong step's first token, first wrong token and one past the last; `right` is what it should say.
 
-    The first wrong token holds the first character that departs from `right`; without `right`, the step's
-    first. Step.start and end include the tags; a token across a border belongs to the step where it begins:
+    The first wrong token holds the first character that departs from `right`; without `right`, it is the
+    step's first. Step.start and end include the tags; a token across a border belongs to the step where it
+    begins:
 
         trace <step_1> 3*3=9 </step_1>\n<step_2> 4*7=29 </step_2>\n<answer> 38 </answer>      right = "4*7=28"
         token "<step_1> " 3 * 3 = 9 " </step_1>\n<step_2> " 4 * 7 =  2  9 " </step_2>\n<answer> " 3  8 ... eos
@@ -130,7 +131,7 @@ def read_again(model: Transformer, rows: list[Row], name: str, temperature: floa
 def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, problems: list[Problem],
          ids: list[list[int]], cut: list[bool], grpo: list[float], critics: dict[str, Critic],
          temperature: float) -> list[Row]:
-    """Reads rollouts, one per problem, under every context; those without a first wrong step are left out.
+    """Scores rollouts, one per problem, under every context; those without a first wrong step are left out.
 
     The first of `critics` says which step is wrong and what it should be, so it must quote partially.
     """
@@ -144,7 +145,7 @@ def look(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, probl
         told["ref"] = feedback("ref", problems, texts, cut, [], 1, None, tokenizer, limit)
     for i, (problem, critique) in enumerate(zip(problems, critiques)):
         prompts = {name: of.teacher_prompts[i] for name, of in told.items()}
-        if critique.case != "D" or None in prompts.values():        # None: a malformed critique
+        if critique.case != "D" or None in prompts.values():        # None: malformed, or no room
             continue
         trace = parse(texts[i])
         if critique.wrong == len(trace.steps) and trace.answer is None:     # boxed, not tagged: no step
@@ -164,7 +165,7 @@ def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, pr
             critics: dict[str, Critic], samples: int = 8, temperature: float = Config.temperature,
             max_new_tokens: int = Config.max_new_tokens, seed: int = 0,
             at_once: int = Config.sample_batch, compile: bool = False) -> list[Row]:
-    """Samples `samples` rollouts of every problem, a group of grpo's, and looks at the wrong ones."""
+    """Samples `samples` rollouts of every problem, as one grpo group, and analyses the wrong ones."""
     owners, prompts = ([p for p in problems for _ in range(samples)],
                        [tokenizer.student_prompt(p.problem) for p in problems])
     rollouts = sample_in_parts(student, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
@@ -182,8 +183,8 @@ def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, pr
 def ratio(above: np.ndarray, below: np.ndarray, draws: int = 10_000, seed: int = 0) -> dict | None:
     """sum(above) / sum(below) of sums per problem (P) with 95 % percentile interval; None if all below are 0.
 
-    A cluster bootstrap that draws problems with all their tokens: a problem's rollouts share its facts and
-    their group, a rollout's tokens its error, so drawing rollouts or tokens would give too narrow intervals.
+    A cluster bootstrap that resamples problems with all their tokens: a problem's rollouts share its facts
+    and their group, a rollout's tokens share its error, so resampling either would give too narrow intervals.
     """
     if not below.any():
         return None
@@ -225,7 +226,7 @@ def table(summary: dict[str, dict]) -> str:
 
 
 def figure(summary: dict[str, dict]) -> str:
-    """The means as an SVG of its own: bars with intervals, on a card in the reader's light or dark scheme."""
+    """The means as a separate SVG: bars with intervals, on a card in the reader's light or dark scheme."""
     scale = lambda value: copysign(log1p(abs(value) / LINEAR), value)
     x = lambda value: 84 + 224 * (scale(value) - lowest) / (highest - lowest)
     means = [of[kind] for of in summary.values() for kind in KINDS if of[kind]]
@@ -254,9 +255,9 @@ def figure(summary: dict[str, dict]) -> str:
 
 
 def page(rows: list[Row], summary: dict[str, dict], facts: dict) -> str:
-    """The template with the figure, and everything else as JSON in which no character can end the script."""
+    """The template with the figure, and all else as JSON in which no character can end the script element."""
     firsts = {row.problem.id: row for row in reversed(rows)}.values()       # the first of each problem
-    spread = sorted(firsts, key=lambda row: row.grpo)                       # most are 0: show some others too
+    spread = sorted(firsts, key=lambda row: row.grpo)                       # most are 0: show others too
     chosen = [spread[int(i)] for i in np.linspace(0, len(spread) - 1, min(SHOWN, len(spread)))]
     rollouts = [{"problem": r.problem.problem, "truth": r.problem.answer, "tokens": r.pieces, "grpo": r.grpo,
                  "kinds": r.kinds().tolist(), "start": r.start, "first": r.first, "end": r.end,
@@ -278,11 +279,11 @@ def main() -> None:
                         help="the self-teacher (default: the student)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val",
                         help="which of the embedded problems (default: %(default)s)")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="problems, JSONL, in their place")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="problems, JSONL, instead of the embedded ones")
     parser.add_argument("--critic", default="symbolic", help="symbolic (embedded problems only; it quotes in "
                         "three ways), self (the teacher), a checkpoint FOLDER or a server's URL")
     parser.add_argument("--critic-tokens", type=int, default=Config.critic_tokens,
-                        help="tokens a critique may have (default: %(default)s)")
+                        help="most tokens of a critique (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=10 ** 6, metavar="N",
                         help="only the first N (default: all)")
     sampling_options(parser, samples=8)         # a group of grpo's

@@ -1,19 +1,19 @@
-r"""Final answers: take one out of a trace, decide whether two are equal. Nothing a model wrote is ever run.
+r"""Final answers: extract one from a trace, decide whether two are equal. Nothing a model wrote is ever run.
 
 A small reader for the LaTeX of short answers gives each a canonical string. A formula becomes its value
 modulo a prime, with a fixed random number for each letter: two formulas that are equal everywhere are equal
-there, two others almost never are (1e-60), and 9^{999} costs no more than 9. Lists, intervals, matrices,
-equations and words are strings built around such values. What cannot be read is compared as text.
+there too, two others almost never (chance 1e-60), and 9^{999} costs no more than 9. Lists, intervals,
+matrices, equations and words are strings built around such values. What cannot be read is compared as text.
 
-Conventions, after the answers of the MATH and GSM8K data: percent signs, currencies, degrees and units are
-dropped; lists and sets have no order, tuples have one; `5` is as good as `x = 5`, and `52` as `52_8`, but
-`y = 5` is another answer than `x = 5`; a rounded number is another number. Values count, not forms: `(x+1)^2`
-is `x^2+2x+1`. But unlike in a computer algebra system, a sum or product of plain numbers is unfinished and
-equals no number: else `7*8 + 6*9` would be the answer to itself.
+Conventions, following the answers in the MATH and GSM8K data: percent signs, currencies, degrees and units
+are dropped; lists and sets have no order, tuples have one; `5` may stand for `x = 5`, and `52` for `52_8`,
+but `y = 5` differs from `x = 5`; a rounded number differs from the exact one. Values count, not forms:
+`(x+1)^2` is `x^2+2x+1`. But unlike in a computer algebra system, a sum or product of plain numbers is
+unfinished and equals no number: otherwise the problem `7*8 + 6*9` would be its own answer.
 
 Simplified: letters under a root count as positive, and sqrt(-1) is the letter i. Whether a formula, or a
-multiple of a prime > 170, is a square is left to chance: a product of two roots of such may fail to equal the
-root of the product. sin and log are not evaluated, equations not rearranged.
+multiple of a prime > 170, is a square modulo PRIME is left to chance: a product of two roots of such values
+may fail to equal the root of their product. sin and log are not evaluated, equations not rearranged.
 """
 import re
 from fractions import Fraction
@@ -22,16 +22,16 @@ from math import prod
 
 from sd.steps import parse
 
-# It is -1 modulo 8 and modulo each odd prime q < 170. Hence 2 and these q are squares, -1 is not, and roots
-# of squares are unique among the squares: what one expects of positive numbers.
+# It is -1 modulo 8 and modulo each odd prime q < 170. Hence, modulo PRIME, 2 and these q are squares, -1 is
+# not, and every square has exactly one root that is itself a square, as one expects of positive numbers.
 PRIME = 12 * prod(q for q in range(2, 170) if all(q % d for d in range(2, q))) - 1
-LENGTH, DEPTH = 400, 25             # longer or deeper answers are compared as text
+LENGTH, DEPTH = 400, 25             # longer or more deeply nested answers are compared as text
 BINDING = {r"\cup": 1, "+": 2, "-": 2, "*": 3, "/": 3, "^": 4}
 RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", ":"}
 FUNCTIONS = {"\\" + name for name in "sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()}
 NAMES = {"\\" + name
          for name in "alpha beta gamma delta theta lambda mu phi pi psi rho sigma omega infty".split()}
-FACTORS = {"(", "{", r"\frac", r"\sqrt"} | FUNCTIONS | NAMES       # a `*` before them may be missing
+FACTORS = {"(", "{", r"\frac", r"\sqrt"} | FUNCTIONS | NAMES       # a `*` before these may be omitted
 SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne",
              r"\cdot": "*", r"\times": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac", ";": ",",
              "and": ",", "or": ",", "−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi", "θ": r"\theta",
@@ -41,8 +41,8 @@ TEXT = r"\\(?:text[a-z]*|mbox|mathrm)\s*\{"
 NO_UNIT = (r"(?!\s*(?:[ap]\.?\s*m\b|(?:hundred|thousand|[mb]illion|trillion|" +
            "|".join(filter(str.isalpha, SPELLINGS)) + r")\b))")
 UNIT_END = r"\s*(?:\^\s*\{?[23]\}?)?(?=[\s.]*(?:$|[,;)\]]|\\\}))"
-# What makes no difference goes first, by regular expressions: raised digits, thousands' separators as in
-# 1{,}000 and 1,\!000, sizes of brackets, units (in \text, then plain), \text itself, matrices (as
+# First, regular expressions remove or unify what makes no difference: raised digits, thousands separators
+# as in 1{,}000 and 1,\!000, bracket sizes, units (in \text, then plain), \text itself, matrices (written as
 # [[1, 2], [3, 4]]), degrees, spacing, currencies.
 CLEANING = [(re.compile(pattern), replacement) for pattern, replacement in [
     ("²", "^2"), ("³", "^3"), (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),
@@ -64,25 +64,25 @@ BOXES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\boxed\s+(?P<bare>[^\s{$][^$\
 HASHES = re.compile(r"^[ \t]*####(.*)\n", re.MULTILINE)
 WRAPPED = re.compile(r"\*\*([^*]+)\*\*|\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 # The value of a piece of an answer: a Fraction if it is plain, that is, a number written out (12, -3.5, 3/4);
-# an int modulo PRIME for any other formula; a list for a set; a str for what else one cannot calculate with.
+# an int modulo PRIME for any other formula; a list for a set; a str for all that cannot be calculated with.
 Value = Fraction | int | list | str
 
 
 def final_answer(trace: str, truncated: bool) -> str | None:
-    r"""The last `<answer>` of a trace, or else `\boxed{…}`, or else line `#### …`; None if none is whole."""
+    r"""A trace's last `<answer>`, or else `\boxed{…}`, or else `#### …` line; None if none is complete."""
     answer = parse(trace).answer
     if answer is not None:
         found = "" if truncated and not answer.closed else boxed(answer.text + "\n") or answer.text
     else:
-        trace += "" if truncated else "\n"              # a line without an end may have gone on
+        trace += "" if truncated else "\n"              # a line cut off might have continued
         found = boxed(trace) or (HASHES.findall(trace) or [""])[-1]
     wrapped = WRAPPED.fullmatch(found.strip())
     return (wrapped[wrapped.lastindex] if wrapped else found).strip() or None
 
 
 def boxed(text: str) -> str:
-    r"""What the last `\boxed{…}` (or `\boxed 3` and the line's end) holds; "" if there is none. One pass."""
-    found, starts = "", []                              # of the braces that are open; None: not a box's
+    r"""What the last `\boxed{…}` (or `\boxed 3`, to the line's end) holds; "" if there is none. One pass."""
+    found, starts = "", []                              # per open brace: its box's start, or None if no box
     for match in BOXES.finditer(text):
         if match["bare"]:
             found = match["bare"]
@@ -103,11 +103,11 @@ def equal(answer: str | None, truth: str) -> bool:
 
 
 def canonical(answer: str, bare: int = 0) -> str:
-    """One string for equal answers. `x =` is left out if `bare` is 1 or 2, a number's base if it is 2."""
+    """The same string for equal answers. `bare` 1 and 2 drop `x =`, 2 also drops a number's base."""
     text = (boxed(answer + "\n") or answer).strip()
     if len(text) > LENGTH:
         return text
-    for _ in range(3):                                  # a \text may hold another
+    for _ in range(3):                                  # a \text may contain another
         for pattern, replacement in CLEANING:
             text = pattern.sub(replacement, " ".join(text.split()))
     tokens, at, depth = [], 0, 0
@@ -118,7 +118,7 @@ def canonical(answer: str, bare: int = 0) -> str:
         tokens += [token] if len(token) > 2 or not token.isalpha() else token   # ab is a times b, abc a word
     values = []
     try:
-        for sign in "+-":                               # what ± stands for; the second time, only what is new
+        for sign in "+-":                               # both readings of ±; the second adds only new values
             items = Reader([sign if token == r"\pm" else token for token in tokens], bare).items("")
             if not items:
                 raise ValueError("empty")
@@ -161,13 +161,13 @@ def calculate(left: Value, operator: str, right: Value) -> Value:
 
 
 def power(base: int, exponent: Fraction | int) -> int:
-    """Roots are taken among the squares. Any other number is minus a square: odd roots keep the sign, even
-    ones have a letter for the root of -1."""
+    """The root of a square is the one that is itself a square. Any other number is minus a square: odd roots
+    keep the sign, even ones get a letter for the root of -1."""
     if isinstance(exponent, int):
-        return letter(f"{base}^{exponent}")             # 2^n: known by its parts only
+        return letter(f"{base}^{exponent}")             # 2^n: identified by its parts alone
     root, squares = exponent.denominator, (PRIME - 1) // 2
     inverse = pow(root, -1, squares)
-    if pow(base, squares, PRIME) < 2:                   # a square: 1; nothing: 0
+    if pow(base, squares, PRIME) < 2:                   # 1: a square; 0: zero itself
         base = pow(base, inverse, PRIME)
     else:
         unit = -1 if root % 2 else letter("i" if root == 2 else f"root {root} of -1")
@@ -176,7 +176,7 @@ def power(base: int, exponent: Fraction | int) -> int:
 
 
 class Reader:
-    """Recursive descent. Each method reads from the token `at` on and returns a value."""
+    """Recursive descent. Each method reads from token `at` onwards and returns a value."""
 
     def __init__(self, tokens: list[str], bare: int):
         self.tokens, self.bare, self.at, self.depth = tokens, bare, 0, 0
@@ -195,7 +195,7 @@ class Reader:
         return self.next == token and bool(self.take())
 
     def items(self, *closing: str) -> list[Value]:
-        """Expressions, with = or < between them, and commas; up to a closing bracket or the end."""
+        """Expressions or relations (=, <, …), separated by commas, up to a closing bracket or the end."""
         values = []
         while self.next not in closing:
             begin, value = self.at, self.expression()
@@ -231,7 +231,7 @@ class Reader:
             value = calculate(value, operator, right)
 
     def argument(self, digit: bool = False) -> Value:
-        r"""A group or a single token; of a number only the first digit with `digit`, as \frac43 is 4/3."""
+        r"""A group or a single token; with `digit`, only a number's first digit, since \frac43 is 4/3."""
         if self.next == "-":
             return self.expression(BINDING["^"] + 1)
         if not self.next[-1:].isdecimal():

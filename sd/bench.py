@@ -1,16 +1,16 @@
-"""How fast, how large, how near to what this machine can do.
+"""Speed and peak memory by part, and how near each comes to what this machine can do.
 
     python -m sd.bench [--model FOLDER] [--peer transformers|trl]
 
-    machine       copy bandwidth and matrix products: the limits that the last column is a share of
-    generation    prefill, then token by token; reading weights and cache once per token is the least
-    grpo ref critique    a step by its parts; two floating-point operations per weight and token are the least
+    machine       copy bandwidth and rate of matrix products: the last column is a share of these limits
+    generation    prefill, then token by token; the least is to read weights and cache once per token
+    grpo ref critique    a step, part by part; the least is two floating-point operations per weight and token
     loss          token-level loss alone, vocabulary 151,936; `dense` is the obvious form, all logits at once
 
-Each part runs in a fresh process, as only so its peak memory is its own, and in turns with the peer's, on the
-same tokens. Rollouts never end early here, so all forms have the same work. The fastest repetition counts.
+Each part runs in a fresh process, so that its peak memory is its own, and in turns with the peer's, on the
+same tokens. Rollouts never end early here, so both sides do the same work. The fastest repetition counts.
 
-Simplified: the critic is the model itself, and its critiques are not read: the self-teacher is shown random
+Simplified: the critic is the model itself, and its critiques are not used: the self-teacher is shown random
 words of the same length. What a step costs does not depend on what the words say.
 """
 import argparse
@@ -37,7 +37,7 @@ VOCABULARY, LOSS_TOKENS = 151_936, 2048
 PARTS = ("machine", "generation", "grpo", "ref", "critique", "loss", "loss dense")
 PEERS = {"transformers": {"generation": "transformers generation"},
          "trl": {"grpo": "trl grpo", "ref": "trl ref"}}
-NEVER = (-1,)           # an EOS that no model draws
+NEVER = (-1,)           # an EOS that no model samples
 
 
 def machine(args, device, _) -> dict:
@@ -68,7 +68,7 @@ def generation(args, device, _) -> dict:
 
 
 def step(args, device, cond: str) -> dict:
-    """The second of two steps as train.py makes them: AdamW's moments are there by then."""
+    """The second of two steps as train.py takes them: by then AdamW's moments exist."""
     model, tokenizer = load(args.model, args.torch_dtype, device)
     shape = model.config
     if args.lora_rank:
@@ -108,7 +108,7 @@ def step(args, device, cond: str) -> dict:
     conditions.completion_hidden = inner
     clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
     a_token, head = 2 * parameters(shape)[1], 2 * shape.vocab_size * shape.hidden_size * tokens
-    # back: a frozen weight has no gradient of its own
+    # back: frozen weights need no gradient
     forward, back = a_token * args.batch * (args.prompt + args.tokens), 1 if args.lora_rank else 2
     flop = {"student forward": forward, "loss and backward": back * forward + (1 + back + distilled) * head}
     if distilled:
@@ -117,7 +117,7 @@ def step(args, device, cond: str) -> dict:
 
 
 def loss_alone(args, device, kind: str) -> dict:
-    """Forward and backward of output projection and default divergence: hidden states to their gradient."""
+    """Forward and backward of output projection and default divergence, from hidden states to gradients."""
     C = args.hidden
     weight = (torch.randn(VOCABULARY, C, device=device) * C ** -0.5).requires_grad_()
     student, taught = torch.randn(2, LOSS_TOKENS, C, device=device)
@@ -126,7 +126,7 @@ def loss_alone(args, device, kind: str) -> dict:
                         LOSS_TOKENS if kind == "dense" else CHUNK // VOCABULARY)
     if args.compile and kind != "dense":
         per_token = fused(per_token, device.type)
-    for rows in (8, LOSS_TOKENS):                       # the first to warm up
+    for rows in (8, LOSS_TOKENS):                       # the first warms up
         clock = Clock()
         with clock("loss"):
             top = student[:rows].clone().requires_grad_()
@@ -153,7 +153,7 @@ def measure(args, name: str) -> dict:
 
 
 def in_a_process(args, name: str) -> dict:
-    """`measure` in a fresh process. Raises UserError with its last line if it fails."""
+    """`measure` in a fresh process. Raises UserError with its last line of stderr if it fails."""
     command = [sys.executable, "-m", "sd.bench", *args.given, "--part", name]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(EMBEDDED),
                         help="checkpoint folder (default: the embedded solver)")
     parser.add_argument("--peer", choices=tuple(PEERS),
-                        help="measure this library beside, in turns, if it is installed")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which ones (default: %(default)s)")
+                        help="also measure this library, alternating with ours, if it is installed")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rollouts (default: 8)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a rollout (default: 64)")
@@ -199,9 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
-                        help="of a CPU (default: all)")
-    parser.add_argument("--repeat", type=int, default=2, help="the fastest of so many counts (default: 2)")
-    parser.add_argument("--compile", action="store_true", help="as in train.py")
+                        help="CPU threads (default: all)")
+    parser.add_argument("--repeat", type=int, default=2, help="repetitions; the fastest counts (default: 2)")
+    parser.add_argument("--compile", action="store_true", help="compile our side, as in train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their index),
 tokenizer.json. Names and sizes are those of the Hugging Face format, so transformers and vLLM open what we
-write. Loading refuses, by name, what a config asks for and this model does not do: an ignored entry is a
+write. Loading refuses, by name, what a config asks for and this model lacks: to ignore an entry would give a
 wrong model that looks right.
 """
 import json
@@ -29,17 +29,17 @@ ONLY_VALUES = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sli
                 "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
 COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
-LARGEST = 2 ** 38       # parameters; more is a broken config, told before anything is allocated
+LARGEST = 2 ** 38       # parameters; more means a broken config, reported before anything is allocated
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write; then fsync and rename: nobody sees half a file. Raises UserError."""
+    """Yields a temporary path, then fsyncs and renames it: nobody sees half a file. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # the user's own; safetensors makes a file that others cannot read
+        mode = temporary.stat().st_mode  # the user's default; safetensors makes files that others cannot read
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
@@ -51,7 +51,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-                        "free the space or choose another --out") from None
+                        "free some space, fix the permissions or choose another --out") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
     if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
         raise UserError(f"{path}: rms_norm_eps must be a number, not {raw['rms_norm_eps']!r}")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in this order, as transformers
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}     # in this order, as in transformers
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rope_scaling and rope_parameters must be one object for all layers")
     if rope.get("partial_rotary_factor") not in ONLY_VALUES["partial_rotary_factor"]:
@@ -134,7 +134,7 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """Opens a checkpoint folder: the model in `dtype` on `device`, its sizes in `.config`, and the tokenizer.
 
-    Raises UserError if a file is missing or broken, or a tensor is missing, superfluous or of another shape.
+    Raises UserError if a file is missing or broken, or a tensor is missing, unexpected or of the wrong shape.
     """
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
@@ -191,7 +191,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor], source: Path, **facts) -> None:
-    """Writes the folder; tokenizer and config come from `source`, with the type of the weights as saved.
+    """Writes a checkpoint; tokenizer and config come from `source`, with the dtype that the weights have.
 
     `facts` (step, score) go into the safetensors header: weights and facts change in one atomic rename.
     """

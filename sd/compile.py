@@ -1,13 +1,14 @@
 """The one place that speeds things up without changing them: packed weights, captured decoding, a fused loss.
 
-    device  without --compile                            with --compile, beside that
+    device  without --compile                            with --compile, in addition
     cpu     sampling: a large model packed for oneDNN    decode step and loss: inductor's C++ (needs g++)
-    cuda    as it is                                     decode: a CUDA graph; loss: torch.compile, cudagraphs
+    cuda    unchanged                                    decode: a CUDA graph; loss: torch.compile, cudagraphs
 
-Every number stays the same to rounding. Shapes that vary by call are symbolic on a CPU, where compiling takes
-long and running does not care; on CUDA they are rounded up to a few sizes. Nothing is compiled with Triton.
+Every number stays the same to rounding. Shapes that vary between calls are symbolic on a CPU, where compiling
+is slow and symbolic shapes cost nothing at run time; on CUDA they are rounded up to a few sizes. Nothing is
+compiled with Triton.
 
-Simplified: torch's own "cudagraphs" backend takes no input as fixed, so it would copy all weights at every
+Simplified: torch's own "cudagraphs" backend treats no input as static: it would copy all weights at every
 token and refuse a cache written in place. So the decode step is captured by hand, anew in each sampling call.
 """
 import itertools
@@ -27,9 +28,9 @@ from sd import UserError
 from sd.lora import LoRALinear
 from sd.model import Cache, Transformer
 
-SLOTS = 256             # cache slots that a captured step reads: the next multiple
-PACK_TOKENS = 16        # a sampling call of fewer does not repay packing, which costs some two decode steps
-PACK_WEIGHTS = 2 ** 23  # a model of fewer stays in the CPU's cache, packed or not
+SLOTS = 256             # a captured step reads cache slots up to the next multiple of this
+PACK_TOKENS = 16        # with fewer, packing does not pay: it costs about as much as two decode steps
+PACK_WEIGHTS = 2 ** 23  # a smaller model stays in the CPU's cache, packed or not
 
 Step = Callable[[Tensor, Tensor, int], Tensor]      # ids (B), positions (B), slots in use -> logits (B, V)
 
@@ -42,12 +43,12 @@ def check_compile(device: torch.device) -> None:
 
 
 def next_logits(model: Transformer, ids: Tensor, cache: Cache, positions: Tensor, slots: int) -> Tensor:
-    """The decode step: a token (B) of each row, at its position (B) -> logits (B, V) of the next."""
+    """The decode step: each row's token (B), at its position (B) -> logits (B, V) of the next token."""
     return model.lm_head(model.hidden(ids.unsqueeze(-1), cache, positions, slots)[:, -1])
 
 
 def prepared(model: Transformer, rows: int, tokens: int) -> Transformer:
-    """The model with its weights as sampling `rows` rollouts of up to `tokens` tokens reads them fastest."""
+    """The model, with weights laid out to sample `rows` rollouts of up to `tokens` tokens fastest."""
     weight, fast = model.lm_head.weight, narrowed(model)
     pays = tokens >= PACK_TOKENS and sum(p.numel() for p in model.parameters()) >= PACK_WEIGHTS
     works = not weight.is_cuda and torch.backends.mkldnn.is_available() and (
@@ -65,7 +66,7 @@ def decoder(model: Transformer, cache: Cache, compile: bool) -> Step:
 
 
 def narrowed(model: Transformer) -> Transformer:
-    """A copy that shares all but its adapters, which lie in the weights' type: cast once, not per token."""
+    """A copy that shares all but its adapters, which take the weights' dtype: cast once, not per token."""
     kind = model.lm_head.weight.dtype
 
     def cast(module: nn.Module) -> nn.Module | None:
@@ -79,7 +80,7 @@ def narrowed(model: Transformer) -> Transformer:
 
 
 def with_replaced(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy of a module tree that shares every tensor, with `replacement(part)` for a part, unless None."""
+    """A copy of a module tree, sharing every tensor, with `replacement(part)` for each part, unless None."""
     twin = copy(module)
     twin._modules = {name: replacement(part) or with_replaced(part, replacement)
                      for name, part in module._modules.items()}
@@ -87,9 +88,9 @@ def with_replaced(module: nn.Module, replacement: Callable[[nn.Module], nn.Modul
 
 
 class Packed(nn.Module):
-    """An nn.Linear whose weight lies as oneDNN reads it: a decode step with few rows is half as long.
+    """An nn.Linear whose weight is in oneDNN's own layout: a decode step with few rows takes half as long.
 
-    torch.compile cannot hold such a tensor: compiled code knows it by number, the same in each sampling call.
+    torch.compile cannot handle such a tensor: compiled code refers to it by number, the same in every call.
     """
 
     def __init__(self, linear: nn.Linear | LoRALinear, rows: int, number: int):
@@ -131,7 +132,7 @@ def packed(model: Transformer, rows: int) -> Transformer:
 class Captured:
     """The decode step as CUDA graphs: one launch per token instead of hundreds.
 
-    A graph replays the same kernels on the same addresses, so it holds for one number of rows and of slots.
+    A graph replays the same kernels on the same addresses, so it is valid for one number of rows and slots.
     """
 
     def __init__(self, model: Transformer, cache: Cache):
@@ -139,7 +140,7 @@ class Captured:
 
     def __call__(self, ids: Tensor, positions: Tensor, slots: int) -> Tensor:
         slots = min(-(-slots // SLOTS) * SLOTS, self.cache.k[0].size(2))
-        if len(ids) != self.rows:               # finished rows were dropped: the cache lies elsewhere now
+        if len(ids) != self.rows:               # finished rows were dropped: the cache has moved
             self.rows, self.graphs, self.ids, self.positions = len(ids), {}, ids.clone(), positions.clone()
         self.ids.copy_(ids)
         self.positions.copy_(positions)
@@ -150,7 +151,7 @@ class Captured:
         return logits
 
     def capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Runs the step once before, for libraries to set up; writing its slot twice does no harm."""
+        """Runs the step once beforehand, to initialise libraries; writing its slot twice does no harm."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -164,18 +165,18 @@ class Captured:
 
 @cache
 def inductor(function: Callable) -> Callable:
-    """torch.compile for a CPU, for all shapes at once."""
-    sys.modules.setdefault("triton", None)      # makes `import triton` fail, so that inductor cannot take it
+    """torch.compile for a CPU, once for all shapes."""
+    sys.modules.setdefault("triton", None)      # makes `import triton` fail, so that inductor cannot use it
     return torch.compile(function, backend="inductor", fullgraph=True, dynamic=True)
 
 
 @cache
 def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor],
           device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A loss of m tokens with its passes over (m, V) made one: from m rows each to one number a row.
+    """A per-token loss with its passes over (m, V) fused into one: inputs of m rows each -> (m).
 
-    On CUDA each number of rows is compiled for itself, so it is rounded up to a power of two from 32 on; on a
-    CPU only a single row is a case of its own.
+    On CUDA each number of rows is compiled separately, so it is rounded up to a power of two, at least 32; on
+    a CPU only a single row would be a case of its own.
     """
     if device == "cpu":
         return padded(inductor(loss), lambda rows: max(rows, 2))
@@ -186,7 +187,7 @@ def fused(loss: Callable[[Tensor, Tensor, Tensor], Tensor],
 
 
 def padded(loss: Callable[..., Tensor], size: Callable[[int], int]) -> Callable[..., Tensor]:
-    """`loss` on `size` (rows) rows; the pads carry no gradient."""
+    """`loss` on inputs padded to `size(rows)` rows; the padding carries no gradient."""
     def rounded_up(*inputs: Tensor) -> Tensor:
         rows = len(inputs[0])
         extra = size(rows) - rows

@@ -38,7 +38,7 @@ class Config:
     critic: str = option("symbolic",
                          "symbolic (exact, embedded task only), self (the initial policy), a checkpoint "
                          "FOLDER, or the URL of an OpenAI-compatible server, URL#MODEL")
-    critic_tokens: int = option(2048, "tokens a critique may have, thoughts included (not for symbolic)")
+    critic_tokens: int = option(2048, "most tokens of a critique, thoughts included (not for symbolic)")
     # the method
     divergence: str = option("forward", "forward KL(teacher||student), reverse KL(student||teacher), jsd "
                                         "(beta), or sampled: policy gradient on the sampled token",
@@ -50,10 +50,10 @@ class Config:
                                   "live (the student's own)", ("base", "ema", "live"))
     ema_decay: float = option(0.95, "decay per step of the ema teacher")
     quoting: str = option("partial", "how a symbolic critique quotes the rollout's steps", QUOTING)
-    critic_noise: float = option(0.0, "share of a symbolic critic's corrections that are wrong, on purpose")
+    critic_noise: float = option(0.0, "share of the symbolic critic's corrections made wrong on purpose")
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
     temperature: float = option(1.1, "of all rollouts, also in evaluations, and of the loss's distributions")
-    max_new_tokens: int = option(80, "tokens a rollout may have")
+    max_new_tokens: int = option(80, "most tokens of a rollout")
     # the optimisation
     lr: float = option(4e-4, "AdamW's learning rate, constant")
     batch: int = option(32, "problems per step")
@@ -121,7 +121,7 @@ class Config:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise UserError("--dtype bfloat16 needs --lora-rank: "
-                            "steps of the usual size vanish in bfloat16 weights")
+                            "updates of the usual size are rounded away in bfloat16 weights")
         if bool(self.data) != bool(self.val):
             raise UserError("--data and --val go together: problems to train on, "
                             "and others that choose the best checkpoint")

@@ -55,7 +55,7 @@ class SymbolicCritic:
         except ValueError as error:
             raise UserError(f"problem {problem.id}: the symbolic critic cannot read it, {error}") from None
         if not equal(problem.answer, str(sum(a * b for a, b in pairs))):
-            raise UserError(f"problem {problem.id}: its answer is not the sum of its products; mend it")
+            raise UserError(f"problem {problem.id}: its answer is not the sum of its products; correct it")
         trace = parse(text)
         written = list(trace.steps)
         if truncated and written and trace.answer is None and not written[-1].closed:

@@ -1,17 +1,17 @@
 """The paper's claims and further questions, each over seeds: one command, one table, nothing chosen by hand.
 
     python -m sd.experiment main --seeds 5  grpo, ref, critique
-    python -m sd.experiment alignment       ref, with references from near to far of the solver's derivation
+    python -m sd.experiment alignment       ref, with references near to and far from the solver's derivation
     python -m sd.experiment quoting         critiques that quote partially, fully, not at all
     also: divergence, teacher, critic-noise, scale
 
 Further options go to train.py: --steps 20 for a quick look.
 
-Every run is one of `train.py` and one of `eval.py`, started as a user would, so nothing here can differ from
-what they do. A run that is finished is skipped, or copied if another experiment made it; one that was killed
-goes on. Tables come from stored results alone: OUT/NAME/table.md and results.json are the same to the digit
-when made again. Checkpoints are chosen on validation problems, measured on test problems; intervals are
-over seeds and problems together.
+Every run calls `train.py` and then `eval.py` as a user would, so nothing here can differ from what they do. A
+run that is finished is skipped, or copied if another experiment made it; one that was killed is resumed.
+Tables come from stored results alone: OUT/NAME/table.md and results.json are the same to the digit when made
+again. Checkpoints are chosen on validation problems and measured on test problems; intervals are over seeds
+and problems together.
 """
 import argparse
 import json
@@ -38,15 +38,15 @@ from sd.report import write_report
 from sd.sampling import sample, uniforms
 from sd.tokenizer import Tokenizer
 
-OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--plan"}   # not for train.py
+OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--plan"}   # not passed on
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = Path(__file__).parent / "assets/alignment.template.svg"
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)     # 97.5 % of Student's t for 2, 3, … 10 seeds
-REFERENCES = ("same", "worded", "half", "reordered", "decomposed")    # from the solver's derivation outwards
+REFERENCES = ("same", "worded", "half", "reordered", "decomposed")    # nearest the solver's derivation first
 
 
 def arms(name: str, out: Path) -> dict[str, list[str]]:
-    """name of an arm -> its options of train.py."""
+    """Name of an arm -> its options for train.py."""
     grpo, ref, critique = (["--cond", cond] for cond in ("grpo", "ref", "critique"))
     if name == "main":
         return {"grpo": grpo, "ref": ref, "critique": critique}
@@ -94,7 +94,7 @@ def write_references(kind: str, folder: Path) -> list[str]:
 
 
 def solver_options(width: int, out: Path) -> list[str]:
-    """A solver of another width and its own hard problems, pretrained on first use (some 10 minutes each)."""
+    """Options for another solver width and its own hard problems, made on first use (~10 minutes each)."""
     if width == 128:
         return []
     folder = out / f"solver-{width}"
@@ -105,7 +105,7 @@ def solver_options(width: int, out: Path) -> list[str]:
 
 
 def run_command(command: list[str], threads: int) -> None:
-    """Runs one of this project's commands. Raises UserError with its own last words if it fails."""
+    """Runs one of this project's commands. Raises UserError with its last line of stderr if it fails."""
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, text=True,
                             capture_output=True, stdin=subprocess.DEVNULL)
     if result.returncode:
@@ -113,7 +113,7 @@ def run_command(command: list[str], threads: int) -> None:
 
 
 def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
-    """Trains and measures one arm and seed unless done. Raises UserError if another run is in its folder."""
+    """Trains and measures one arm and seed unless done. Raises UserError if its folder holds another run."""
     python, result = sys.executable, folder / "test.json"
     options = [*options, "--seed", str(seed), *extra]
     wanted = parse_config("", options)[0]
@@ -123,15 +123,15 @@ def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[s
     if result.exists() or copied(folder, wanted):
         return
     if any(folder.glob("state-*.safetensors")):
-        run_command([python, "train.py", "--resume", str(folder)], threads)    # nothing if it had come to its end
+        run_command([python, "train.py", "--resume", str(folder)], threads)    # does nothing if finished
     else:
-        shutil.rmtree(folder, ignore_errors=True)           # killed before it had begun
+        shutil.rmtree(folder, ignore_errors=True)           # killed before its first state
         run_command([python, "train.py", *options, "--out", str(folder)], threads)
     test = ["--temperature", str(wanted.temperature), "--max-new-tokens", str(wanted.max_new_tokens)]
     test += ["--test", f"{wanted.model}/test.jsonl"] if wanted.model else []
     if kept := sorted(folder.glob("step-*")):
         run_command([python, "eval.py", *map(str, kept), *test, "--json", str(folder / "kept.json")], threads)
-    # last: once it is there, the run is done
+    # last: once test.json is there, the run is done
     run_command([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
 
@@ -146,9 +146,9 @@ def serves(folder: Path, wanted: Config) -> bool | None:
 
 
 def copied(folder: Path, wanted: Config) -> bool:
-    """Whether another experiment in OUT has a finished run of these options, which then is this one too.
+    """Copies a finished run with these options from any experiment in OUT; returns whether there was one.
 
-    Copied beside and moved, as a folder half copied would look finished.
+    It is copied to a folder beside and then renamed, as a half-copied folder would look finished.
     """
     beside = folder.parent / "copying" / folder.name
     for result in sorted(folder.parent.parent.glob("*/*/test.json")):
@@ -162,10 +162,10 @@ def copied(folder: Path, wanted: Config) -> bool:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the mean of `values` (seeds, problems): its variance is that over seeds and that over problems.
+    """95 % interval of the mean of `values` (seeds, problems), from the variances over seeds and problems.
 
-    Student's t over the seeds, as a bootstrap of three covers the truth some 80 times of 100; the problems
-    are many enough for the normal distribution. With one seed, over the problems alone.
+    Student's t over the seeds, since a bootstrap over three covers the truth only some 80 times in 100; the
+    problems are many enough for the normal distribution. With one seed, over the problems alone.
     """
     (S, P), mean = values.shape, values.mean()
     half = 1.96 ** 2 * values.mean(0).var(ddof=1) / P
@@ -175,7 +175,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def summary(out: Path, names: list[str], seeds: int) -> dict:
-    """Numbers of all arms from what their runs stored."""
+    """The numbers of all arms, from what their runs stored."""
     arms, per_problem, problems = {}, {}, {}
     for name in names:
         folders = [out / f"{slug(name)}-{seed}" for seed in range(seeds)]
@@ -284,10 +284,11 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher",
                                          "critic-noise", "scale"))
-    parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("experiments"), help="(default: experiments)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("experiments"),
+                        help="folder of runs and tables (default: experiments)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
-                        help="runs at a time, one thread each")
+                        help="runs at a time, one thread each (default: one per core)")
     parser.add_argument("--optimistic", action="store_true", help="also measure every checkpoint on the "
                         "test problems, to report as the paper does")
     args, extra = parser.parse_known_args()     # the rest goes to train.py: --steps 20, say, for a quick look
@@ -299,7 +300,7 @@ def main() -> None:
     options = arms(args.name, out)
     extra += ["--keep"] if args.optimistic else []
     for arm in options.values():
-        parse_config("", [*arm, *extra])                # a wrong option is told once, and now
+        parse_config("", [*arm, *extra])                # a wrong option is reported once, and now
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
                 for seed in range(args.seeds) for name, arm in options.items()]

@@ -5,7 +5,7 @@ r"""Keeps the problems that are hard for a solver: at most 4 of 16 rollouts righ
     python -m sd.problems filter --model CRITIC --data hard.jsonl --out kept.jsonl \
         --min-correct 1 --max-correct 16
 
-Counts go to OUT.counts.jsonl as they come, a line a problem: a run that was stopped goes on there, and
+Counts go to OUT.counts.jsonl as they come, one line per problem: a stopped run continues from there, and
 another --max-correct needs no new rollouts. Random numbers are made per problem, so neither order nor batch
 size changes a count.
 """
@@ -34,12 +34,13 @@ def parse_args() -> argparse.Namespace:
         "filter", help="keep the hard problems")
     command.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
     command.add_argument("--data", type=Path, required=True, help="problems, JSONL")
-    command.add_argument("--out", type=Path, required=True, help="the hard ones, JSONL")
+    command.add_argument("--out", type=Path, required=True, help="where the kept problems go, JSONL")
     sampling_options(command, samples=16, sample_batch=64)
     command.add_argument("--max-correct", type=int, default=None,
-                         help="of --samples at most so many right (default: a quarter)")
+                         help="keep a problem with at most this many right rollouts "
+                              "(default: a quarter of --samples)")
     command.add_argument("--min-correct", type=int, default=0,
-                         help="and at least so many: what a critic can solve (default: 0)")
+                         help="and at least this many; above 0, what a critic can solve (default: 0)")
     args = parser.parse_args()
     check_sampling(parser, args)
     args.max_correct = args.samples // 4 if args.max_correct is None else args.max_correct
@@ -49,8 +50,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def known_counts(path: Path, settings: dict) -> dict[str, int]:
-    """`key` of a problem -> what an earlier run counted, a half-written last line aside. Raises UserError if
-    it counted with other settings."""
+    """`key` of a problem -> its count in an earlier run, without a half-written last line. Raises
+    UserError if that run had other settings."""
     if not path.exists():
         return {}
     try:
@@ -64,12 +65,12 @@ def known_counts(path: Path, settings: dict) -> dict[str, int]:
         differ = [key for key in settings if not isinstance(first, dict) or first.get(key) != settings[key]]
         raise UserError(f"{path}: was counted with a different {', '.join(differ)}; "
                         "remove it or choose another --out")
-    os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))   # a line half written when killed goes
+    os.truncate(path, len("\n".join(lines[:-1] + [""]).encode()))   # drop a line half written when killed
     return counts
 
 
 def key(p: Problem) -> str:
-    """Names a problem by its words, as its id may stay while they change."""
+    """Identifies a problem by its text, as an edited problem may keep its id."""
     return sha256(json.dumps([p.problem, p.answer]).encode()).hexdigest()[:16]
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     for p in problems:
         if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > room:
             raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
-                            f"{room} tokens; remove it or lower that")
+                            f"{room} tokens; remove it or lower that option")
     settings = {name: str(getattr(args, name)) for name in counted}
     path, start = args.out.with_name(args.out.name + ".counts.jsonl"), time.time()
     counts = known_counts(path, settings)

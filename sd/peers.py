@@ -1,7 +1,7 @@
-"""The work of sd/bench.py done by others, on the same tokens and setting: transformers' and TRL's own forms.
+"""The work of sd/bench.py as transformers and TRL do it, on the same tokens and with the same settings.
 
-Both get the folder of a checkpoint, and are imported only if asked for. TRL is given text, hence prompts of
-whole words. Above them is what both sides use: the clock and the prompts.
+Both get a checkpoint folder, and are imported only if asked for. TRL is given text, hence prompts of whole
+words. First comes what our side uses too: the clock and the prompts.
 """
 import os
 import random
@@ -38,17 +38,18 @@ def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
 
 
 def generation_times(args, draw) -> dict:
-    """Of `draw(n)`, which generates n tokens: for the prompts with the first token, and for all further ones.
+    """Times `draw(n)`, which generates n tokens: the prefill with the first token, and all further tokens.
 
-    For one token our weights are not packed; that they are for more, and prompts faster, counts as decoding.
+    For one token our weights are not packed. For more they are: packing, and the faster prefill that comes of
+    it, both count as decoding.
     """
     clock = Clock()
-    draw(args.tokens if args.compile else 2)            # what is set up once is not counted
+    draw(args.tokens if args.compile else 2)            # one-off set-up is not counted
     with clock("prefill"):
         draw(1)
     with clock("all"):
         draw(args.tokens)
-    prefill, decode = clock["prefill"], max(clock["all"] - clock["prefill"], 1e-9)      # two noisy numbers
+    prefill, decode = clock["prefill"], max(clock["all"] - clock["prefill"], 1e-9)      # both are noisy
     return {"seconds": {"prefill": prefill, "decode": decode},
             "decode tokens/s": args.batch * (args.tokens - 1) / decode}
 
@@ -64,7 +65,7 @@ def transformers_generation(args, device, _) -> dict:
 
 
 def trl_step(args, device, cond: str) -> dict:
-    """The second step of TRL's own trainer at the same setting: GRPO, or SDFT for self-distillation."""
+    """The second step of TRL's own trainer at the same settings: GRPO, or SDFT for self-distillation."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -1,9 +1,9 @@
 """What a configuration needs, before anything is loaded: memory per device by part, and the whole run's work.
 
-Sizes follow from config.json alone. Of the phases of a step only one is alive at a time, so the peak is what
-always stays plus the largest of them. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a
-rollout, and rollouts that run to --max-new-tokens. Simplified: what an allocator wastes is not in it, so
-leave a tenth free; glibc on a CPU was seen to keep a third more.
+Sizes follow from config.json alone. Only one phase of a step is live at a time, so the peak is what always
+stays plus the largest phase. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a rollout,
+and rollouts that run to --max-new-tokens. Simplified: what an allocator wastes is not counted, so leave a
+tenth free; on a CPU, glibc has been seen to keep a third more.
 """
 import os
 from pathlib import Path
@@ -23,14 +23,14 @@ ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}    # fl
 GIB = 2 ** 30
 CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12),
          "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
-# assumed, not measured: the share reached of a card's rates; seconds a layer takes to launch, uncompiled
+# assumed, not measured: the share of a card's rates that is reached; seconds to launch a layer, uncompiled
 REACHED, LAUNCHES = 0.4, 70 * 6e-6
-# Python and PyTorch, whose builds for CUDA are larger, and the CUDA context
+# bytes of Python and PyTorch, whose builds for CUDA are larger; of the CUDA context
 RUNTIME = {"cpu": (0.65 if torch.backends.cuda.is_built() else 0.31) * GIB, "cuda": 0.7 * GIB}
 
 
 def parameters(shape: ModelConfig) -> tuple[int, int, int]:
-    """All weights, those of the attention and MLP projections, and an adapter's of rank 1."""
+    """How many weights: all, those of the attention and MLP projections, and those of a rank-1 adapter."""
     with torch.device("meta"):
         model = Transformer(shape)
     adapted = [module for name, module in model.named_modules() if name.split(".")[-1] in TARGETS]
@@ -40,11 +40,11 @@ def parameters(shape: ModelConfig) -> tuple[int, int, int]:
 
 def activations(shape: ModelConfig, tokens: int, size: int, rank: int,
                 recompute: bool) -> tuple[float, float]:
-    """Bytes that a forward pass of `tokens` keeps for its backward pass, and what that needs beside them.
+    """Bytes that a forward pass of `tokens` keeps for its backward pass, and that the latter needs besides.
 
-    A layer keeps, per token: each norm's input in float32 and its output (before its weight too, if that
-    trains), q, k, v as the attention reads them and q, k before their norm, the attention's output, and the
-    MLP's gate, silu, up and product.
+    A layer keeps, per token: each norm's input in float32 and its output (also before the norm's weight, if
+    that is trained), q, k, v as the attention reads them and q, k before their norm, the attention's output,
+    and the MLP's gate, silu, up and product.
     """
     C, HD = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     KD, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
@@ -58,14 +58,14 @@ def activations(shape: ModelConfig, tokens: int, size: int, rank: int,
 
 
 def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, cpu: bool) -> float:
-    """Bytes for `rows` rollouts: cache, packed weights, and the larger of the prompts' pass and decoding."""
+    """Bytes to sample `rows` rollouts: cache, packed weights, and the larger of prefill and decoding."""
     total, projections, _ = parameters(shape)
     packs = cpu and new >= PACK_TOKENS and total >= PACK_WEIGHTS                    # as sd/compile.py does
     packed = (projections + shape.vocab_size * shape.hidden_size) * size if packs else 0
     cache = (2 * rows * (prompt + new) * shape.num_hidden_layers *
              shape.num_key_value_heads * shape.head_dim * size)
     copied = cache / (2 * shape.num_hidden_layers)       # when finished rows are dropped, one layer at a time
-    draw = rows * shape.vocab_size * (size + 4 + 8 + 8)  # logits, probabilities, those and sums in float64
+    draw = rows * shape.vocab_size * (size + 4 + 8 + 8)  # logits, probabilities; these and sums in float64
     return cache + packed + max(copied, forward(shape, rows * prompt, size), draw)
 
 
@@ -74,11 +74,11 @@ def forward(shape: ModelConfig, tokens: int, size: int) -> float:
 
 
 def needs(config: Config, ranks: int = 1) -> dict[str, float]:
-    """Bytes per device, by part; the parts that are named "phase: …" exclude one another."""
+    """Bytes per device, by part; the parts named "phase: …" are never live at the same time."""
     shape, new, group = (read_config(Path(config.model or EMBEDDED)), config.max_new_tokens,
                          config.rollouts_per_problem)
     total, adapted, per_rank = parameters(shape)
-    device = config.device.split(":")[0] or config.torch_device.type     # --device cuda: also where none is
+    device = config.device.split(":")[0] or config.torch_device.type  # --device cuda: planned without a GPU
     cpu, size, V, C = device == "cpu", config.torch_dtype.itemsize, shape.vocab_size, shape.hidden_size
     trained = config.lora_rank * per_rank if config.lora_rank else total
     critique, distilled = config.cond == "critique", config.cond != "grpo"
@@ -89,7 +89,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     if config.lora_rank:
         out["adapter"] = trained * 4
     if copies:
-        out["self-teacher"] = copies * trained * 4          # what is frozen is shared
+        out["self-teacher"] = copies * trained * 4          # frozen weights are shared
     loads_a_critic = critique and not (config.critic in ("symbolic", "self") or "://" in config.critic)
     judge = read_config(Path(config.critic)) if loads_a_critic else shape
     if loads_a_critic:
@@ -117,14 +117,14 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
         out["phase: the teacher's forward pass"] = forward(shape, rows * (PROMPT + 2 * new), size)
     merged, state = (adapted * 4 if config.lora_rank else 0,
                      trained * 12 + (trained * 4 if config.teacher == "ema" else 0))
-    step = trained * 4 * ((ranks > 1) + (not cpu))    # the sum over ranks; AdamW takes all parameters at once
+    step = trained * 4 * ((ranks > 1) + (not cpu))    # the sum over ranks; AdamW on CUDA: all at once
     out["phase: step and checkpoint"] = max(step, merged, state if cpu else 0)
     return out
 
 
 def flops(shape: ModelConfig, prompt: int, new: int, passes: float, recomputed: int = 0) -> float:
-    """Operations of a rollout's `passes` (1: a forward pass), and of those through the layers alone which
-    --recompute adds. Only new tokens reach the output projection."""
+    """Operations of a rollout's `passes` (1: a forward pass) and of the `recomputed` ones, through the layers
+    alone, that --recompute adds. Only new tokens reach the output projection."""
     T, HD = prompt + new, shape.num_attention_heads * shape.head_dim
     attention = 2 * T * T * HD * shape.num_hidden_layers            # scores and values, half of them masked
     layers, head = 2 * parameters(shape)[1] * T + attention, 2 * shape.vocab_size * shape.hidden_size * new
@@ -132,7 +132,7 @@ def flops(shape: ModelConfig, prompt: int, new: int, passes: float, recomputed: 
 
 
 def counts(config: Config) -> tuple[int, int]:
-    """Optimiser steps, validation problems."""
+    """How many optimiser steps and validation problems."""
     problems, validation = (len(read_problems(Path(path)) if path else embedded(split))
                             for path, split in ((config.data, "train"), (config.val, "val")))
     steps = problems * config.epochs // config.batch
@@ -140,7 +140,7 @@ def counts(config: Config) -> tuple[int, int]:
 
 
 def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]]:
-    """Part -> FLOP, bytes read, layers run token by token; per device in a run of full-length rollouts."""
+    """Part -> FLOP, bytes read, layers launched in decoding; per device, with all rollouts of full length."""
     shape, new, group = (read_config(Path(config.model or EMBEDDED)), config.max_new_tokens,
                          config.rollouts_per_problem)
     steps, validation = counts(config)
@@ -150,7 +150,7 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
                 written: int) -> tuple[float, float, float]:
         rows, size = max(1, min(at_once, count)), config.torch_dtype.itemsize
         cache = 2 * of.num_hidden_layers * of.num_key_value_heads * of.head_dim * rows * (read + written / 2)
-        tokens = count / rows * written                     # one after another
+        tokens = count / rows * written                     # decoded in sequence
         weights = parameters(of)[1] + of.vocab_size * of.hidden_size
         return (count * flops(of, read, written, 1), tokens * (weights + cache) * size,
                 tokens * of.num_hidden_layers)
@@ -163,7 +163,7 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
                                 config.critic_tokens)
     if config.cond != "grpo":
         out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
-    passes = 2 if config.lora_rank else 3           # a frozen weight has no gradient of its own
+    passes = 2 if config.lora_rank else 3           # frozen weights need no gradient
     student = flops(shape, PROMPT, new, passes, config.recompute)
     out["student, forward and backward"] = rollouts * student, 0, 0
     k = config.eval_samples
@@ -172,13 +172,13 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
 
 
 def peak(parts: dict[str, float]) -> float:
-    """What always stays and the largest phase."""
+    """What always stays, plus the largest phase."""
     phases = [size for name, size in parts.items() if name.startswith("phase: ")]
     return sum(parts.values()) - sum(phases) + max(phases)
 
 
 def plan(config: Config, gib: float = 0) -> str:
-    """A table for people; 0: no word on whether it fits. Raises UserError without a readable config.json."""
+    """A table for people; `gib` 0: no verdict on the fit. Raises UserError without a readable config.json."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = needs(config, ranks)
     lines = [f"per device, with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]

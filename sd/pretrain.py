@@ -1,15 +1,15 @@
 """Makes the embedded solver and its problems: `python -m sd.pretrain` (about 20 minutes on 2 cores).
 
-The solver must be what a pretrained language model is in the paper: it solves some problems alone, and it can
-use a context that it is shown. Half of each batch has no context (and mistakes on the hard pairs,
+The solver plays the part of the paper's pretrained language model: it must solve some problems alone and be
+able to use a context that it is shown. Half of each batch has no context (and mistakes on the hard pairs,
 `times_table.belief`), a quarter has a reference solution, a quarter a critique. Three things make the
 contexts worth reading:
 - their values are arbitrary for hard pairs and a third of the easy ones: only copying the context is right;
-- 40 % of the traces have slips, wrong values or misread factors that are no targets, and go on consistently:
-  a self-teacher is asked about the student's own prefix, errors included, and must stay sane after one;
-- a third of the traces under a reference follow it, in its order and in words, as a language model does that
-  has just read one; the others keep the solver's own order and notation: a teacher must be able to read off
-  the reference's path.
+- 40 % of the traces have slips (wrong values or misread factors, which are not targets) and go on
+  consistently: a self-teacher is asked about the student's own prefix, errors included, and must stay sane;
+- a third of the traces under a reference follow it, in its order and in words, as a language model that has
+  just read one does; the others keep the solver's own order and notation, since a teacher must be able to use
+  a reference whose path the trace does not follow.
 """
 import argparse
 import json
@@ -37,10 +37,10 @@ from sd.tokenizer import CONTROL, Tokenizer
 
 WORDS = 0.2                             # share of the solver's traces that are in words and interleaved
 SLIP = 0.4                              # share of context examples with wrong products in the trace
-MISREAD = 0.3                           # share of these that have a wrong factor, not a wrong value
+MISREAD = 0.3                           # share of these with a misread factor, not a wrong value
 SPLITS = {"train": 282, "val": 100, "test": 200}
 FOLLOW = 1 / 3                          # share of traces under a reference that follow its order, in words
-STEPS, BATCH, LR = 12, 96, 2e-3         # step numbers with a token; examples per training step; learning rate
+STEPS, BATCH, LR = 12, 96, 2e-3         # step numbers with a tag; examples per training step; learning rate
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6,
           "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
@@ -48,7 +48,7 @@ CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hid
 
 
 def build_tokenizer(path: Path) -> Tokenizer:
-    """A fixed list of pieces, longest first, any other character unknown. Digits are single tokens, so that
+    """A fixed list of pieces, matched longest first; all else is unknown. Digits are single tokens, so that
     addition is learned as an algorithm; one tag token closes a step and opens the next."""
     tags = [f"<step_{k}> " for k in range(1, STEPS + 1)] + ["<answer> ", " </answer>"]
     for k in range(1, STEPS + 1):
@@ -93,9 +93,9 @@ def example(kind: str | None, rng: random.Random,
     else:
         context = written(tt.derive(tt.State(list(pairs)), words, words, given.get))
     slips = set(rng.sample(pairs, rng.choice([1, 1, 2, 3]))) if rng.random() < SLIP else set()
-    taken, values, masked = [], dict(given), {}         # products as the trace has them; masked: their slips
+    taken, values, masked = [], dict(given), {}         # products as in the trace; masked: slips in them
     for pair in order:
-        if pair in slips and rng.random() < MISREAD:    # a factor misread: what follows is the truth about it
+        if pair in slips and rng.random() < MISREAD:    # a factor misread: the value is true of what was read
             pair = (rng.randint(tt.LOW, tt.HIGH), pair[1])
             values[pair] = pair[0] * pair[1]
             masked[pair] = ("operand", "value") if tt.key(pair) in tt.HARD else ("operand",)
@@ -160,11 +160,11 @@ def train_solver(folder: Path, seed: int, steps_total: int, width: int) -> None:
 
 
 def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """Writes train, val and test: new sums of three products the solver gets right less than 5 times in 16.
+    """Writes train, val and test: new sums of three products, which the solver solves < 5 times in 16.
 
-    No two problems, in one split or across, have the same three products in any order. The reference solution
-    is an independent author's: always in other words, in the problem's own order or, half of the time, in a
-    random one (a share fixed before any result was seen).
+    No two problems, within a split or across splits, have the same three products in any order. The reference
+    solution is an independent author's: always in other words; half of the time in the problem's own order,
+    otherwise in a random one (a share fixed before any result was seen).
     """
     rng, wanted, found, seen = random.Random(f"{seed} problems"), sum(SPLITS.values()), [], set()
     while len(found) < wanted:
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
     parser.add_argument("--only", choices=("solver", "problems", "report"),
-                        help="one stage, with what is there")
+                        help="run one stage only, on what --out already holds")
     args = parser.parse_args()
     if args.only in (None, "solver"):
         train_solver(args.out, args.seed, args.steps, args.width)

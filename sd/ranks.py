@@ -2,9 +2,9 @@
 
 Plain data parallelism over collective operations, no wrapper around the model: every rank holds the same
 weights, samples and scores its share of the problems, gradients are summed, and every rank takes the same
-step. Since random numbers are made per rollout (`sampling.uniforms`), N ranks train on the very rollouts of one
-process. Rank 0 alone writes and prints. Without torchrun all of this does nothing. Rows travel between ranks
-as JSON: no pickle.
+step. Since random numbers are made per rollout (`sampling.uniforms`), N ranks train on the same rollouts as
+one process would. Rank 0 alone writes and prints. Without torchrun all of this does nothing. Rows travel
+between ranks as JSON: no pickle.
 """
 import json
 import os
@@ -17,7 +17,7 @@ WAIT = timedelta(minutes=30)        # a rank may wait for another's longest roll
 
 
 class Lost(Exception):
-    """Another rank has ended; that one prints the reason."""
+    """Another rank has ended, and prints the reason itself."""
 
 
 class Ranks:
@@ -25,11 +25,11 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.world > 1:
-            # what is small goes through gloo everywhere: it notices at once when a rank ends, NCCL does not
+            # small tensors stay on the CPU, for gloo: it notices at once when a rank ends, NCCL does not
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
 
     def share(self, count: int) -> slice:
-        """This rank's part of `count` things, in order; parts differ by one at most."""
+        """This rank's part of `count` items, in order; the parts' sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def total(self, number: float) -> float:
@@ -40,7 +40,7 @@ class Ranks:
         return tensor.item()
 
     def gather(self, rows: list) -> list:
-        """The ranks' lists, one after another, on every rank."""
+        """All ranks' lists, joined in rank order, on every rank."""
         if self.world == 1:
             return rows
         data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8)
@@ -54,7 +54,7 @@ class Ranks:
                 for row in json.loads(bytes(part[:int(size)].tolist()))]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sums all ranks' gradients in one buffer. If no rank has any, none appear: AdamW does nothing."""
+        """Sums all ranks' gradients in one buffer. If no rank has any, all stay None: AdamW does nothing."""
         if self.world == 1 or not self.total(sum(p.grad is not None for p in parameters)):
             return
         for p in parameters:
@@ -65,7 +65,7 @@ class Ranks:
             p.grad.copy_(grad.view_as(p))
 
     def first_to_tell(self, message: str) -> bool:
-        """Whether no rank has told this yet: what all of them find wrong is printed once."""
+        """Whether no rank has reported this yet: an error that all of them find is printed once."""
         try:
             return self.world == 1 or dist.distributed_c10d._get_default_store().add(message, 1) == 1
         except RuntimeError:                # the rank that holds the store has ended
@@ -74,7 +74,7 @@ class Ranks:
     def _all(self, operation, *tensors) -> None:
         try:
             operation(*tensors)
-        except RuntimeError as error:       # gloo and NCCL know no other
+        except RuntimeError as error:       # the only type that gloo and NCCL raise
             raise Lost(f"another process of this run has ended ({str(error)[:200]})") from None
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
     python -m sd.report runs/ref-seed0                  writes report.html there, as train.py does at its end
     python -m sd.report runs/table-* --out table.html   several overlaid; a condition's seeds share a colour
 
-Numbers and texts lie in the page as JSON and a script in it draws them: no server, no network, no library.
-Simplified: every logged step is a point, none is thinned out; the page does not follow a run that goes on.
+The page holds numbers and texts as JSON, and its script draws them: no server, no network, no library.
+Simplified: every logged step is a point, none is thinned out; the page does not follow a run in progress.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ from sd.config import MACHINE, Config
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
 SAMPLE = {"problem": str, "trace": str, "reward": float, "cut": bool, "critique": str, "case": str,
           "malformed": str}
-NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE            # change no result
+NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE            # shown apart, or change no result
 TEMPLATE = Path(__file__).parent / "assets/report.html"
 
 
@@ -35,9 +35,10 @@ def strict(text: bytes):
 
 
 def read_rows(path: Path, kinds: dict[str, type]) -> Iterator[dict]:
-    """A log's rows, with the entries that `kinds` or a validation score names; None for what a row lacks.
+    """A log's rows, reduced to the entries in `kinds` and validation scores; None for what a row lacks.
 
-    An unfinished last line is left out: its run writes it, or died. Raises UserError naming file and line.
+    An unfinished last line is skipped: its run is still writing it, or died. Raises UserError naming file
+    and line.
     """
     try:
         with open(path, "rb") as file:
@@ -60,7 +61,7 @@ def read_rows(path: Path, kinds: dict[str, type]) -> Iterator[dict]:
 
 
 def read_curves(path: Path) -> dict:
-    """metrics.jsonl as columns by step: "train" of CURVES, "val" of "avg"; k of Avg@k; the run's seconds."""
+    """metrics.jsonl as columns by step: "train" has CURVES, "val" "avg"; k of Avg@k; the run's seconds."""
     train, val, k, seconds = {}, {}, "k", None
     for row in read_rows(path, {key: float for key in (*CURVES, "seconds")}):
         step, seconds = row["step"], row.pop("seconds") or seconds
@@ -79,7 +80,7 @@ def read_curves(path: Path) -> dict:
 
 
 def read_run(folder: Path) -> dict:
-    """Everything that the page shows of one run. Raises UserError if the folder is none of a run's."""
+    """Everything that the page shows of one run. Raises UserError if the folder is not a run's."""
     path, log, first, last = folder / "config.json", folder / "rollouts.jsonl", [], []
     try:
         config = strict(path.read_bytes())
@@ -89,7 +90,7 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{path}: is no config of a run "
                         f"({str(getattr(error, 'strerror', 0) or error)[:100]})") from None
     curves = read_curves(folder / "metrics.jsonl")
-    for row in read_rows(log, SAMPLE) if log.exists() else ():    # none, if it stopped before its first step
+    for row in read_rows(log, SAMPLE) if log.exists() else ():    # no log if it stopped before its first step
         if not first or first[0]["step"] == row["step"]:
             first.append(row)
         else:
@@ -102,13 +103,13 @@ def read_run(folder: Path) -> dict:
 def script_json(value) -> str:
     """Strict JSON in which no character can end the script element that holds it."""
     text = json.dumps(value, allow_nan=False)
-    for character in "<>&":                         # U+2028 and 2029 are escaped already, as all but ASCII
+    for character in "<>&":                         # U+2028 and 2029 are escaped already, like all but ASCII
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def page(runs: list[dict]) -> str:
-    """The template with the runs in it, and of their options those in which the runs differ."""
+    """The template filled with the runs; of their options, only those in which they differ."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run["options"])
              if name not in NO_CONDITION]
     differ = [name for name in names if len({json.dumps(run["options"].get(name)) for run in runs}) > 1]
@@ -118,7 +119,7 @@ def page(runs: list[dict]) -> str:
 
 
 def write_report(folders: list[Path], file: Path) -> None:
-    """Raises UserError if a folder holds no run that can be read, or the file cannot be written."""
+    """Raises UserError if a folder holds no readable run, or the file cannot be written."""
     write_atomic(file, page([read_run(Path(folder)) for folder in folders]))
 
 

@@ -1,12 +1,12 @@
-"""The run folder: everything a run writes and prints, and the state to go on from as if it had never stopped.
+"""The run folder: all that a run writes and prints, and the state to resume from as if it had never stopped.
 
-    config.json  metrics.jsonl (a line a step)  rollouts.jsonl (samples)
+    config.json  metrics.jsonl (a line per step)  rollouts.jsonl (samples)
     best/ (by validation)  last/  state-N.safetensors
 
-The state holds what the next step depends on and the files do not: trained weights, AdamW's moments, the ema
-teacher, the best score, and how long the two logs were (a resumed run cuts off what was written after).
-Random numbers need no state: they are made from the seed and the step. Two states are kept, each with a checksum; the
-older one serves if the newer is damaged.
+The state holds what the next step depends on and the other files lack: the trained weights, AdamW's moments,
+the ema teacher, the best score, and how long the two logs were (a resumed run cuts off what was written
+later). Random numbers need no state: they are made from the seed and the step. Two states are kept, each
+with a checksum; the older one serves if the newer is damaged.
 """
 import hashlib
 import json
@@ -31,7 +31,7 @@ from sd.problems import Problem
 from sd.ranks import Ranks
 from sd.report import write_report
 
-SAVE_EVERY = 60.0       # seconds between states, beside those at evaluations
+SAVE_EVERY = 60.0       # seconds between states, besides those saved at evaluations
 
 
 class Stop(BaseException):
@@ -42,16 +42,16 @@ class Stop(BaseException):
 
 
 class Signals:
-    """Makes SIGINT and SIGTERM a Stop: at once, or at the end of a `shielded` block, if one has begun.
+    """Turns SIGINT and SIGTERM into a Stop: at once or, inside a `shielded` block, at its end.
 
-    The first one only: a second Ctrl-C does not interrupt the way out.
+    Only the first signal counts: a second Ctrl-C does not interrupt the shutdown.
     """
 
     def __init__(self):
         self.depth, self.waiting = 0, 0
         self.before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in self.before.items():
-            if handler != signal.SIG_IGN:               # a run in a script's background: Ctrl-C is not for it
+            if handler != signal.SIG_IGN:               # ignored for a script's background job: leave it so
                 signal.signal(number, self._caught)
 
     def _caught(self, number: int, frame) -> None:
@@ -97,9 +97,9 @@ class RunFolder:
         self.started = self.saved = time.time()
 
     def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
-        """Called once all that the user has given is checked. Returns the step to go on from.
+        """Called once all that the user gave has been checked. Returns the step to continue from.
 
-        Raises UserError if the run to resume has no intact state, or had other problems.
+        Raises UserError if the run to resume has no intact state, or was begun with other problems.
         """
         self.optimizer, self.steps = optimizer, steps
         self.data = hashlib.sha256(json.dumps([asdict(p) for p in problems]).encode()).hexdigest()
@@ -107,10 +107,10 @@ class RunFolder:
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if self.resume:
             self._load_state()
-        if self.writes:                     # when resumed too: its options of memory and speed may be new
+        if self.writes:                     # on resuming too: memory and speed options may be new
             write_atomic(self.path / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
         if not self.resume:
-            self._save_state()              # the first evaluation may take long, and the run may end in it
+            self._save_state()              # the first evaluation may be long, and the run may end during it
         self.student = student              # not before: what `close` writes must be this run's
         self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                   f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
@@ -147,10 +147,10 @@ class RunFolder:
         self._save_state()
 
     def close(self) -> None:
-        """Whatever ends the run: the state, last/ and the report are written, if it had begun."""
+        """Writes the state, last/ and the report, whatever ended the run, provided that it had begun."""
         if self.student is not None:
             for p in self.trained.values():
-                p.grad = None       # of a step that was not made; should memory be short, it is needed now
+                p.grad = None       # left by an unfinished step; if memory ran out, it is needed now
             self._save_state()
             self._checkpoint("last", step=self.done)
             if self.writes and self.evaluated_at >= 0:
@@ -204,7 +204,7 @@ class RunFolder:
         return sorted(found, key=lambda p: -int(p.stem[6:]))
 
     def _load_state(self) -> None:
-        """Raises UserError if no state is intact, or if it is not one of this run's model."""
+        """Raises UserError if no state is intact, or if it belongs to another model."""
         damaged: list[Path] = []
         for path in self._states():
             try:
@@ -221,7 +221,7 @@ class RunFolder:
             raise UserError(f"{self.path}: has no intact state-N.safetensors to resume from")
         if facts.get("data") != self.data:
             raise UserError(f"{self.path}: the problems in --data or --val are not those that "
-                            "this run began with; put them back")
+                            "this run began with; restore the original files")
         try:
             with torch.no_grad():
                 for name, p in self.trained.items():
@@ -242,10 +242,10 @@ class RunFolder:
         for name, size in facts["logs"].items():
             if (log := self.path / Path(name).name).exists():
                 os.truncate(log, log.read_bytes()[:size].rfind(b"\n") + 1)      # a torn last line goes too
-        for path in damaged:                                        # kept, no longer one of the two states
+        for path in damaged:                                        # kept, but no longer as a state
             path.rename(path.with_name(path.name + ".damaged"))
         for left in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
-            left.unlink()                                           # half a file, ours or safetensors'
+            left.unlink()                                           # half-written, ours or safetensors'
 
 
 def checksum(tensors: dict[str, torch.Tensor], facts: dict) -> str:

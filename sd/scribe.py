@@ -1,11 +1,11 @@
-"""Frozen language models as the critic: the paper's "faithful scribe" by prompt, local or behind a server.
+"""Frozen language models as the critic: the paper's "faithful scribe" as a prompt, local or behind a server.
 
-The critic reads problem, trace and ground truth and writes the trace as it should have been (cases A-D of
-critic.py), greedily, once per rollout. `align` keeps what stands in step tags: its thinking and all other
-text are dropped.
+The critic reads the problem, the trace and the ground truth, and writes the trace as it should have been
+(cases A-D of critic.py): one critique per rollout, decoded greedily. `align` keeps only what is inside step
+tags: the critic's thinking and all other text are dropped.
 
-Simplified: the case is read off the words of the steps, so that a reworded step counts as corrected. A
-critique that must not teach says why in `malformed`; it is neither repaired nor asked for again.
+Simplified: the case is inferred from the wording of the steps, so a reworded step counts as corrected. A
+critique that must not be trained on says why in `malformed`; it is neither repaired nor requested again.
 """
 import json
 import os
@@ -61,14 +61,14 @@ An example of case D:
 <step_3> {HERO} gets 37 * 2 = 74 coins </step_3>
 <answer> 74 </answer>
 """
-CONTROL = re.compile(r"<(?=/?think>|\|\w+\|>)")     # </think>, <|im_end|>: tokens to a server even in a text
+CONTROL = re.compile(r"<(?=/?think>|\|\w+\|>)")     # </think>, <|im_end|>: a server reads them as tokens
 ADDRESS = re.compile(r"https?://([\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[\w./~%-]*)?",
                      re.ASCII | re.IGNORECASE)
-AGAIN, LARGEST = {408, 409, 425, 429}, 16 * 2 ** 20     # client errors that pass; bytes of an answer
+AGAIN, LARGEST = {408, 409, 425, 429}, 16 * 2 ** 20     # transient client errors; bytes of a reply
 
 
 def prompt(problem: Problem, text: str, truncated: bool) -> str:
-    """The user turn. Its dividing lines have more tildes in a row than any text: no text can end itself."""
+    """The user turn. Its dividers have more tildes in a row than any text, so that no text can forge one."""
     truth = problem.answer + (
         f"\nA solution, worded independently:\n{problem.solution}" if problem.solution else "")
     question, trace, truth = (CONTROL.sub("< ", part).strip() for part in (problem.problem, text, truth))
@@ -79,13 +79,13 @@ def prompt(problem: Problem, text: str, truncated: bool) -> str:
 
 
 def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool = False) -> Critique:
-    """What the scribe wrote about the trace `text`, thinking removed, as a Critique; `cut` off or not.
+    """Makes a Critique of `output`, what the scribe wrote about the trace `text`; `cut`: it was cut off.
 
     Never raises. The last answer counts, with the steps since the answer before it: a trace quoted first is
-    not part of the critique. Each of the solver's steps is looked for in what is left of the critique's. The
-    first that is not found was corrected (or dropped, or reworded):
+    not part of the critique. The solver's steps are looked for in order among the critique's. The first that
+    is not found was corrected (or dropped, or reworded):
 
-        no answer by the solver        C, wrong None: a step that is gone may be condensed as well as wrong
+        no answer by the solver        C, wrong None: a missing step may be condensed as well as wrong
         wrong answer                   D, wrong = that step, or len(steps) if all were found
         right answer, one not found    B, wrong = that step: the teacher disagrees there, for whatever reason
         right answer, all found        A, or B if the critique has more steps; wrong None
@@ -102,15 +102,15 @@ def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool =
             ("cut off", cut), ("empty", not flat),
             ("echo of the prompt", placeholder or example or any(r in flat for r in RULES.splitlines())),
             ("cut off", answer is None or not answer.closed), ("no steps", not steps),
-            ("wrong answer", answer and not equal(answer.text, problem.answer))]:       # though given it
+            ("wrong answer", answer and not equal(answer.text, problem.answer))]:       # although given it
         if found:
-            return Critique("", output[:2000], malformed=reason)        # its text is for the log
+            return Critique("", output[:2000], malformed=reason)        # the output is for the log
 
     written, copies = parse(text).steps, map(words, steps)
     at_answer = len(written)
     if truncated and written and not written[-1].closed and written[-1].end == len(text):
-        written.pop()                                       # cut off in mid-step: unfinished, not wrong
-    # `in` goes on from where the step before was found, so that insertions do not matter
+        written.pop()                                       # cut off mid-step: unfinished, not wrong
+    # `in` consumes `copies`: each search goes on after the step found before, so insertions do not matter
     wrong = next((i for i, step in enumerate(written) if words(step.text) not in copies), None)
     critique, given = render(steps, answer.text), final_answer(text, truncated)
     if given is None:
@@ -121,12 +121,12 @@ def align(problem: Problem, text: str, truncated: bool, output: str, cut: bool =
 
 
 def words(text: str) -> str:
-    """What of a step must agree for it to count as copied: all but white space and typed control tokens."""
+    """What must match for a step to count as copied: all but white space and control tokens typed as text."""
     return " ".join(CONTROL.sub("< ", text).split())
 
 
 class LocalCritic:
-    """A local model, which thinks first if it can. Raises UserError if it speaks no ChatML or has no room."""
+    """A local model; it thinks first if it can. Raises UserError without ChatML tokens or enough room."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
                  compile: bool = False):
@@ -139,7 +139,7 @@ class LocalCritic:
                             f"too few for a prompt and {max_new_tokens} new tokens")
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
-        """A greedy critique per rollout, `rows` at once. A prompt too long is malformed, never shortened."""
+        """A greedy critique per rollout, `rows` at a time; malformed if its prompt is too long to fit."""
         rollouts, end = list(zip(problems, texts, truncated)), self.tokenizer.think_end
         prompts = [self.tokenizer.chat(prompt(*rollout), self.thinking) for rollout in rollouts]
         critiques = [Critique("", "", malformed="prompt too long")] * len(rollouts)
@@ -149,7 +149,7 @@ class LocalCritic:
             out = sample(self.model, [prompts[i] for i in rows], self.tokenizer.eos, self.max_new_tokens, 0.0,
                          compile=self.compile)
             for i, ids, cut in zip(rows, out.completions(), out.truncated.tolist()):
-                thought = end in ids                        # by id: a typed `</think>` is other tokens
+                thought = end in ids                        # by id: typed as text, `</think>` has other ids
                 output = self.tokenizer.decode(ids[len(ids) - ids[::-1].index(end):] if thought else ids)
                 unfinished = not thought and self.tokenizer.think_start in ids
                 critiques[i] = align(*rollouts[i], output, cut or unfinished)
@@ -157,7 +157,7 @@ class LocalCritic:
 
 
 def check_url(url: str) -> re.Match:
-    """Raises UserError if it has more than host, port and path. It is not shown: it may hold a password."""
+    """Raises UserError if it has more than host, port and path. Never shows it: it may hold a password."""
     if not (match := ADDRESS.fullmatch(url.partition("#")[0])):
         raise UserError(
             "the critic's URL must look like http://localhost:8000/v1 or https://HOST/v1#MODEL, "
@@ -168,7 +168,7 @@ def check_url(url: str) -> re.Match:
 class ServerCritic:
     """A model behind any OpenAI-compatible chat server: http://localhost:8000/v1[#NAME].
 
-    Without NAME, the server is asked for its model. OPENAI_API_KEY is read at each request and kept nowhere.
+    Without NAME, the server is asked for its model. OPENAI_API_KEY is read at each request and never stored.
     """
 
     def __init__(self, url: str, max_new_tokens: int, concurrent: int = 16, timeout: float = 900.0,
@@ -177,8 +177,8 @@ class ServerCritic:
         self.url = address.rstrip("/").removesuffix("/chat/completions").rstrip("/")
         self.max_new_tokens, self.concurrent, self.timeout = max_new_tokens, concurrent, timeout
         self.retries, self.backoff, self.longest_wait = retries, backoff, longest_wait
-        local = match.group(1).lower() in ("localhost", "127.0.0.1", "[::1]")  # a proxy has another localhost
-        plain = HTTPErrorProcessor()    # errors and redirects are answers too: the key goes to no other host
+        local = match.group(1).lower() in ("localhost", "127.0.0.1", "[::1]")  # a proxy has its own localhost
+        plain = HTTPErrorProcessor()    # returns errors and redirects as replies: no other host gets the key
         plain.http_response = plain.https_response = lambda request, response: response
         self.opener = build_opener(plain, ProxyHandler({} if local else None))
         if not self.model_name:
@@ -190,18 +190,18 @@ class ServerCritic:
             self.model_name = names[0]
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
-        """A critique per rollout, in their order. Raises UserError at the first that fails for good."""
+        """One critique per rollout, in order. Raises UserError at the first that fails for good."""
         rollouts, critiques = list(zip(problems, texts, truncated)), [None] * len(problems)
         todo, done, stop = iter(range(len(rollouts))), SimpleQueue(), threading.Event()
 
         def work() -> None:
-            for i in todo:                                  # shared: each number goes to one thread
+            for i in todo:                                  # shared: each index goes to one thread
                 try:
                     done.put((i, self._critique(rollouts[i], stop)))
-                except Exception as error:                  # raised where it is awaited
+                except Exception as error:                  # raised below, in the waiting thread
                     done.put((i, error))
 
-        try:  # daemons; a ThreadPoolExecutor's threads are joined at exit: Ctrl-C would wait for the slowest
+        try:  # daemons: a ThreadPoolExecutor joins its threads at exit, so Ctrl-C would wait for the slowest
             for _ in range(min(self.concurrent, len(rollouts))):
                 threading.Thread(target=work, daemon=True).start()
             for _ in rollouts:
@@ -209,7 +209,7 @@ class ServerCritic:
                 if isinstance(critiques[i], Exception):
                     raise critiques[i]
         finally:
-            stop.set()                                      # no request is begun any more
+            stop.set()                                      # no further request is started
         return critiques
 
     def _critique(self, rollout: tuple, stop: threading.Event) -> Critique:
@@ -220,12 +220,12 @@ class ServerCritic:
         return align(*rollout, output, cut or output.startswith("<think>"))
 
     def _call(self, path: str, payload: dict | None, read, stop: threading.Event):
-        """`read` of the JSON reply. What may pass is retried with growing pauses; the rest is a UserError."""
+        """`read` of the JSON reply. Transient failures are retried with growing pauses; others are raised."""
         pause, happened = 0.0, "not asked"
         for attempt in range(self.retries + 1):
             if stop.wait(min(pause, self.longest_wait)):
-                break                                       # batch given up: nobody reads the error below
-            if attempt == 3:                                # some seconds have passed: say what is awaited
+                break                                       # batch abandoned: nobody reads the error below
+            if attempt == 3:                                # some seconds have passed: say why
                 print(f"{self.url}{path}: {happened}; still asking", file=sys.stderr, flush=True)
             pause = self.backoff * 2 ** attempt * random.uniform(0.5, 1.5)
             try:
@@ -242,7 +242,7 @@ class ServerCritic:
             if status < 300:
                 try:
                     result = read(json.loads(body))
-                    if any(result) or attempt == self.retries:          # else empty: perhaps only this time
+                    if any(result) or attempt == self.retries:          # else empty: it may not be next time
                         return result
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     happened = f"an answer that is not JSON of the expected shape ({_shown(body)})"
@@ -250,38 +250,38 @@ class ServerCritic:
         raise UserError(f"{self.url}{path}: {happened}, attempt {attempt + 1} of {self.retries + 1}{resume}")
 
     def _once(self, path: str, payload: dict | None) -> tuple[int, str, str]:
-        """One request: status, Retry-After, body. A body too large or too slow is cut, and so is not JSON."""
+        """One request: status, Retry-After, body. A body too large or too slow is cut, so it is not JSON."""
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {_key()}"} if _key() else {})
         request = Request(self.url + path, json.dumps(payload).encode() if payload else None, headers)
         body, deadline = bytearray(), time.monotonic() + self.timeout
         with self.opener.open(request, timeout=self.timeout) as response:
             while len(body) < LARGEST and time.monotonic() < deadline and (chunk := response.read1(2 ** 16)):
-                body += chunk                               # a socket's timeout would let it drip for ever
+                body += chunk                               # a socket's timeout alone would let it drip
             return response.status, response.headers.get("Retry-After", ""), body.decode(errors="replace")
 
 
 def _message(reply: dict) -> tuple[str, bool]:
     choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""        # null if all was thinking
+    content = choice["message"].get("content") or ""        # null if it was all thinking
     return content.strip(), choice.get("finish_reason") == "length"
 
 
 def _key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):                    # http.client's own error would show it
+    if not re.fullmatch(r"[!-~]*", key):                    # http.client's own error would show the key
         raise UserError("the environment variable OPENAI_API_KEY holds characters that no key has")
     return key
 
 
 def _shown(text: str) -> str:
-    """A server's words in an error: one line, short, without the key that it may have echoed."""
+    """A server's text for an error message: one short line, without the key, which it may have echoed."""
     return ascii((text.replace(_key(), "[key]") if _key() else text)[:200])
 
 
 def language_critic(name: str, policy: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
                     compile: bool = False) -> Critic:
-    """What --critic names: self, which is the frozen `policy`, a checkpoint FOLDER, or a server's URL."""
+    """The critic that --critic names: self (the frozen `policy`), a checkpoint FOLDER, or a server's URL."""
     if "://" in name:
         return ServerCritic(name, max_new_tokens)
     if name != "self":
