@@ -30,7 +30,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                print(f"{name}: out of memory; smaller batches (--sample-batch, --batch) need less", file=sys.stderr)
+                print(f"{name}: out of memory; smaller batches (--sample-batch, --batch) need less",
+                      file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
                 print(f"\n{name}: stopped", file=sys.stderr)

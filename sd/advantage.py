@@ -279,7 +279,8 @@ def main() -> None:
                         help="the self-teacher (default: the student)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val",
                         help="which of the embedded problems (default: %(default)s)")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="problems, JSONL, instead of the embedded ones")
+    parser.add_argument("--data", type=Path, metavar="FILE",
+                        help="problems, JSONL, instead of the embedded ones")
     parser.add_argument("--critic", default="symbolic", help="symbolic (embedded problems only; it quotes in "
                         "three ways), self (the teacher), a checkpoint FOLDER or a server's URL")
     parser.add_argument("--critic-tokens", type=int, default=Config.critic_tokens,

@@ -26,7 +26,8 @@ ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "max_position_embeddings")
 ONLY_VALUES = {"hidden_act": ("silu",), "quantization_config": (None,), "use_sliding_window": (None, False),
-                "mlp_bias": (None, False), "pretraining_tp": (None, 1), "partial_rotary_factor": (None, 1, 1.0)}
+                "mlp_bias": (None, False), "pretraining_tp": (None, 1),
+               "partial_rotary_factor": (None, 1, 1.0)}
 COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 LARGEST = 2 ** 38       # parameters; more means a broken config, reported before anything is allocated

@@ -129,7 +129,7 @@ def test_the_corrected_step_follows_the_copy_even_with_steps_inserted():
     # a step said twice; a copy that is not verbatim
     assert corrected(parse(render(list("abax"), "1")), 3, parse(render(list("abay"), "2"))) == "y"
     assert corrected(parse(render(["a", "b"], "1")), 1, parse(render(["c"], "2"))) is None
-    spaced = parse(render(["a  =\n1", "b"], "1")), parse(render(["a = 1", "c"], "2"))  # a language model's copy
+    spaced = parse(render(["a  =\n1", "b"], "1")), parse(render(["a = 1", "c"], "2"))    # a model's copy
     assert corrected(spaced[0], 1, spaced[1]) == "c"
     assert corrected(trace, 4, parse("nothing")) is None
 
@@ -419,7 +419,8 @@ def test_problems_of_ones_own_and_a_critic_behind_a_server(capsys, monkeypatch, 
 @pytest.mark.parametrize("args, fact", [
     (["nowhere"], "nowhere"), (["--teacher", "nowhere"], "nowhere"), (["--samples", "1"], "--samples"),
     (["--temperature", "0"], "--temperature"), (["--problems", "0"], "--problems"),
-    (["--split", "all"], "--split"), (["--split", "test", "--data", "mine.jsonl"], "--split"), (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
+    (["--split", "all"], "--split"), (["--split", "test", "--data", "mine.jsonl"], "--split"),
+    (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
 ])
 def test_what_cannot_be_done_is_said_in_a_sentence(args, fact, capsys, monkeypatch):
     status, out, err = run(capsys, monkeypatch, *args)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from sd.answers import PRIME, canonical, equal, final_answer
+from sd.answers import PRIME, equal, final_answer
 
 
 @pytest.mark.parametrize("trace, truncated, answer", [
@@ -246,24 +246,3 @@ def test_hostile_answers_equal_themselves_and_nothing_else(answer):
         for truncated in (False, True):
             final = final_answer(trace, truncated)
             assert final is None or final in trace
-
-
-def test_anything_can_be_compared():
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import strategies as st
-    words = st.sampled_from([
-        "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "^", "_", ",", "1", "23", ".5", "x",
-        "ab", "+", "-", "*", "/", "=", "\\pm", "\\cup", "\\in", "<", "\\pi", "\\text{", "cm", " ", "$",
-        "\\boxed{", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\sin", "or", "|", "<answer>",
-        "#### ", "\n", "%"])
-    texts = st.one_of(st.text(max_size=60), st.lists(words, max_size=20).map("".join))
-
-    @hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(texts, texts)
-    def compare(left, right):
-        assert equal(left, left) and equal(left, right) is equal(right, left)
-        assert (canonical(left) == canonical(right)) <= equal(left, right)
-        for truncated in (False, True):
-            final = final_answer(left, truncated)
-            assert final is None or final == final.strip() != "" and final in left
-    compare()

@@ -1,6 +1,8 @@
 """Nothing from a stranger is run, printed raw, or able to break a parser: data, checkpoints, model output."""
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,7 @@ import pytest
 from sd import UserError
 from sd.checkpoint import EMBEDDED, read_config
 from sd.config import read_config as read_run
-from sd.critic import QUOTING, SymbolicCritic
-from sd.problems import Problem, embedded, read_problems
-from sd.steps import parse, render, token_span
+from sd.problems import embedded
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("sd/*.py"), ROOT / "train.py", ROOT / "eval.py"])
@@ -93,59 +93,13 @@ def test_a_path_in_an_id_writes_no_file_outside_the_run(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["out"]
 
 
-def test_parsers_survive_2000_random_inputs_each(tmp_path):
-    """Text made of the parsers' own words and of anything else: no exception that is not ours."""
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import strategies as st
-    words = st.sampled_from(["<step_1>", "</step_1>", "<step_2>", "</step_9999>", "<answer>", "</answer>",
-                             "7*8=56", "56+54=110", "7 times 8 is 56", "<step_", ">", "\n", " ", "\x00",
-                             "\ud7ff", "<|im_start|>", "correct", "9" * 30])
-    texts = st.one_of(st.text(max_size=80), st.lists(words, max_size=12).map("".join))
-    problem = Problem("p", "7*8 + 6*9 + 3*4", "122")
-    options = hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+def ahead(base):
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={base}/fuzz"]
+    return subprocess.run([sys.executable, "-m", "pytest", *options, "tests/fuzz.py"], cwd=ROOT, text=True,
+                          capture_output=True)
 
-    @options
-    @hypothesis.given(texts)
-    def steps(text):
-        trace = parse(text)
-        for step in trace.steps + ([trace.answer] if trace.answer else []):
-            assert 0 <= step.start < step.end <= len(text)
-            first, last = token_span(list(text), step.start, step.end)
-            assert (first, last) == (step.start, step.end)
-        again = parse(render([s.text for s in trace.steps if s.text and "<" not in s.text], "1"))
-        assert [s.text for s in again.steps] == [s.text for s in trace.steps if s.text and "<" not in s.text]
 
-    @options
-    @hypothesis.given(texts, st.sampled_from(QUOTING), st.booleans())
-    def critiques(text, quoting, truncated):
-        critique = SymbolicCritic(quoting)(problem, text, truncated)
-        assert critique.case in tuple("ABCD") and parse(critique.text).answer is not None
-
-    @options
-    @hypothesis.given(st.binary(max_size=200)
-                      | texts.map(lambda t: json.dumps({"problem": t, "answer": t}).encode()))
-    def problems(data):
-        (tmp_path / "p.jsonl").write_bytes(data)
-        try:
-            assert all(p.problem and p.answer for p in read_problems(tmp_path / "p.jsonl"))
-        except UserError as error:
-            assert str(error).isprintable()
-
-    values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-        max_leaves=4)
-    good = json.loads((EMBEDDED / "config.json").read_text())
-
-    @options
-    @hypothesis.given(st.dictionaries(
-        st.sampled_from([*good, "rope_scaling", "rope_parameters", "layer_types"]), values, max_size=3))
-    def configs(entries):
-        (tmp_path / "config.json").write_text(json.dumps(good | entries))
-        try:
-            read_config(tmp_path)
-        except UserError as error:
-            assert str(error).isprintable()
-
-    for fuzz in (steps, critiques, problems, configs):
-        fuzz()
+def test_parsers_survive_2000_random_inputs_each(ahead):
+    pytest.importorskip("hypothesis")
+    result = ahead["test_hostile"].result()
+    assert result.returncode == 0, result.stdout

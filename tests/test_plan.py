@@ -158,7 +158,7 @@ def test_two_devices_halve_what_each_samples(qwen3):
     assert two[name] == pytest.approx(one[name] / 2, rel=0.05) and two["weights"] == one["weights"]
 
 
-@pytest.mark.parametrize("cond, rank, recompute, close", [      # recomputing stops before a layer's last product
+@pytest.mark.parametrize("cond, rank, recompute, close", [   # recomputing stops before a layer's last product
     ("grpo", 0, False, 0.02), ("ref", 0, False, 0.02), ("ref", 8, False, 0.15), ("grpo", 0, True, 0.07)])
 def test_the_work_of_a_step_is_what_pytorch_counts(cond, rank, recompute, close):
     """Its own counter, on the real loss: no attention on a CPU, but the adapter's products, some percent."""

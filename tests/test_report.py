@@ -274,7 +274,8 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 @pytest.fixture
 def three(tmp_path):
     """Two seeds of critique and a grpo run with eight times the rollouts, which stopped a step earlier."""
-    grpo = [VALIDATED[0], TRAINED[0] | {"rollouts": 256, "loss": 0.5, "seconds": 119.7}, {"step": 1, "val_avg@4": 10}]
+    grpo = [VALIDATED[0], TRAINED[0] | {"rollouts": 256, "loss": 0.5, "seconds": 119.7},
+            {"step": 1, "val_avg@4": 10}]
     better = [row | {"val_avg@4": 80.5} if row is VALIDATED[1] else row for row in METRICS]
     return page([read_run(folder) for folder in (
         write_run(tmp_path / "c0"), write_run(tmp_path / "c1", better, seed=1),
@@ -342,7 +343,8 @@ MARKED = [      # trace, critique, case, what is marked in the one and in the ot
     (RIGHT.replace("110 </a", "111 </a"), RIGHT, "D", ["<answer> 111 </answer>", "<answer> 110 </answer>"]),
     (TRACE.replace("6*9", "so\n6*9") + "\nmore", RIGHT.replace("7*8", "7*8 "), "D",  # 7*8 =56 is no copy
      ["<step_1> 7*8=56 </step_1>", "<step_1> 7*8 =56 </step_1>"]),
-    ("well,\n" + TRACE.replace("7*8", "so\n7*8").replace("6*9", "and\n6*9"), RIGHT.replace("7*8", "so 7*8"), "D",
+    ("well,\n" + TRACE.replace("7*8", "so\n7*8").replace("6*9", "and\n6*9"),
+     RIGHT.replace("7*8", "so 7*8"), "D",
      ["<step_2> and\n6*9=52 </step_2>", "<step_2> 6*9=54 </step_2>"]),           # a step of several lines
     (TRACE, TRACE.split("<answer>")[0], "D", ["<answer> 108 </answer>"]),       # nothing is in its place
     (TRACE + "\nmore", TRACE, "D", []),                                         # it is no step
