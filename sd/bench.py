@@ -34,6 +34,7 @@ from sd.plan import parameters
 from sd.sampling import sample, uniforms
 
 VOCABULARY, LOSS_TOKENS = 151_936, 2048
+COPIED, SIDE = 2 ** 26, 2048           # numbers to copy; rows of the square matrices to multiply
 PARTS = ("machine", "generation", "grpo", "ref", "critique", "loss", "loss dense")
 PEERS = {"transformers": {"generation": "transformers generation"},
          "trl": {"grpo": "trl grpo", "ref": "trl ref"}}
@@ -42,7 +43,7 @@ NEVER = (-1,)           # an EOS that no model samples
 
 def machine(args, device, _) -> dict:
     """Bytes per second (read and written), floating-point operations per second in the model's dtype."""
-    a, x = torch.rand(2 ** 26, device=device), torch.randn(2048, 2048, device=device).to(args.torch_dtype)
+    a, x = torch.rand(COPIED, device=device), torch.randn(SIDE, SIDE, device=device).to(args.torch_dtype)
     b, clock = torch.empty_like(a), Clock()
     for i in range(5):
         with clock(f"copy {i}"):
@@ -50,7 +51,7 @@ def machine(args, device, _) -> dict:
         with clock(f"product {i}"):
             x @ x
     best = lambda kind: min(s for name, s in clock.items() if name.startswith(kind))
-    return {"copy GB/s": 8 * a.numel() / best("copy") / 1e9, "GFLOP/s": 2 * 2048 ** 3 / best("product") / 1e9}
+    return {"copy GB/s": 8 * a.numel() / best("copy") / 1e9, "GFLOP/s": 2 * SIDE ** 3 / best("product") / 1e9}
 
 
 def generation(args, device, _) -> dict:

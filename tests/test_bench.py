@@ -13,9 +13,8 @@ SMALL = ["--batch", "3", "--prompt", "4", "--tokens", "5", "--hidden", "8", "--t
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(bench, "in_a_process", bench.measure)
-    monkeypatch.setattr(bench, "VOCABULARY", 700)
-    monkeypatch.setattr(bench, "LOSS_TOKENS", 50)
-    monkeypatch.setattr(bench, "CHUNK", 700 * 20)
+    for name, value in dict(VOCABULARY=700, LOSS_TOKENS=50, CHUNK=700 * 20, COPIED=2 ** 20, SIDE=256).items():
+        monkeypatch.setattr(bench, name, value)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
