@@ -50,6 +50,10 @@ def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pr
                         "for a prompt; lower it")
     problems = read_problems(Path(config.data)) if config.data else embedded("train")
     validation = read_problems(Path(config.val)) if config.val else embedded("val")
+    if both := {p.problem for p in problems} & {p.problem for p in validation}:
+        raise UserError(f"{len(both)} problems are in both --data and --val, the first is "
+                        f"{ascii(min(both)[:60])}; remove them from one: --val must choose the checkpoint by "
+                        "problems that it was not trained on")
     prompts = [(p, tokenizer.student_prompt(p.problem)) for p in problems + validation]
     if config.cond != "grpo":
         prompts += [(p, tokenizer.teacher_prompt(p.problem, config.cond, "")) for p in problems]
@@ -75,7 +79,7 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer,
     policy = student
     if config.critic == "self":
         policy = teacher.model if config.teacher == "base" else initial_policy(student)
-    return language_critic(config.critic, policy, tokenizer, config.critic_tokens, config.critic_batch,
+    return language_critic(config.critic, policy, tokenizer, config.critic_tokens, config.critic_slots,
                            config.compile)
 
 

@@ -304,12 +304,14 @@ def main() -> None:
     if tokenizer.fast.to_str() != other.fast.to_str():
         raise UserError(f"{args.teacher}: its tokenizer.json is not that of {args.folder}")
     problems = (read_problems(args.data) if args.data else embedded(args.split))[:args.problems]
+    args.max_new_tokens = new_tokens(args, tokenizer)
     if args.critic == "symbolic":
         critics = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
     else:
-        critics = {"critique": language_critic(args.critic, teacher, tokenizer, args.critic_tokens,
-                                               max(1, args.sample_batch // 4), args.compile)}
-    args.max_new_tokens = new_tokens(args, tokenizer)
+        slots = Config("critique", sample_batch=args.sample_batch, max_new_tokens=args.max_new_tokens,
+                       critic_tokens=args.critic_tokens).critic_slots
+        critics = {"critique": language_critic(args.critic, teacher, tokenizer, args.critic_tokens, slots,
+                                               args.compile)}
     rows = analyse(student, teacher, tokenizer, problems, critics, args.samples, args.temperature,
                    args.max_new_tokens, args.seed, args.sample_batch, args.compile)
     if not rows:

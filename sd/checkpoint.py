@@ -140,6 +140,8 @@ def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)       # streams and graphs are made on the current one
+        # PyTorch prefers cuDNN's attention on Hopper, which prepares for each new length, so at every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = read_config(folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:

@@ -151,14 +151,13 @@ class Captured:
         return logits
 
     def capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Runs the step once beforehand, to initialise libraries; writing its slot twice does no harm."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            next_logits(self.model, self.ids, self.cache, self.positions, slots)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        """Runs the step once beforehand, to initialise libraries; writing its slot twice does no harm.
+
+        All graphs share their memory: a step's logits have been read before the next is replayed.
+        """
+        next_logits(self.model, self.ids, self.cache, self.positions, slots)
+        graph, before = torch.cuda.CUDAGraph(), [graph.pool() for graph, _ in self.graphs.values()]
+        with torch.cuda.graph(graph, pool=before[0] if before else None):
             logits = next_logits(self.model, self.ids, self.cache, self.positions, slots)
         return graph, logits
 

@@ -16,6 +16,8 @@ from sd.scribe import check_url
 from sd.tokenizer import Tokenizer
 
 
+# tokens assumed of a problem with its instruction, and of the critic's rules and example
+PROMPT, SCRIBE = 256, 500
 # These change no result but by rounding, which in bfloat16 may turn a rollout another way.
 MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}
 
@@ -84,6 +86,11 @@ class Config:
     def critic_batch(self) -> int:
         """Critiques written at once; prompt, trace and thoughts make one about four rollouts long."""
         return max(1, self.sample_batch // 4)
+
+    @property
+    def critic_slots(self) -> int:
+        """The tokens of these critiques and all that they read; longer prompts are answered fewer at once."""
+        return self.critic_batch * (SCRIBE + PROMPT + 2 * self.max_new_tokens + self.critic_tokens)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -77,7 +77,10 @@ def key(p: Problem) -> str:
 @command("sd.problems")
 def main() -> None:
     args = parse_args()
-    problems = read_problems(args.data)
+    rows = read_problems(args.data)
+    problems = list({key(p): p for p in reversed(rows)}.values())[::-1]         # the first of its copies
+    if len(problems) < len(rows):
+        print(f"{len(rows) - len(problems)} of {len(rows)} are copies of others and left out", flush=True)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
     args.max_new_tokens, room = new_tokens(args, tokenizer), model.config.max_position_embeddings
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")

@@ -47,7 +47,7 @@ def majority(answers: list[str | None], truth: str) -> float:
         if answer is None:
             continue
         for i, (known, count) in enumerate(votes):
-            if equal(answer, known):
+            if equal(answer, known) or equal(answer, truth) and equal(known, truth):
                 votes[i] = (known, count + 1)
                 break
         else:

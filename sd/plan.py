@@ -13,12 +13,11 @@ import torch
 from sd.checkpoint import EMBEDDED, read_config
 from sd.compile import PACK_TOKENS, PACK_WEIGHTS
 from sd.conditions import CHUNK
-from sd.config import Config
+from sd.config import PROMPT, SCRIBE, Config
 from sd.lora import TARGETS
 from sd.model import ModelConfig, Transformer
 from sd.problems import embedded, read_problems
 
-PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of the critic's rules and example
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size
 GIB = 2 ** 30
 CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12),
@@ -69,6 +68,10 @@ def sampling(shape: ModelConfig, rows: int, prompt: int, new: int, size: int, cp
     return cache + packed + max(copied, forward(shape, rows * prompt, size), draw)
 
 
+def at_once(config: Config, group: int) -> int:
+    return max(1, config.sample_batch // group) * group         # as `sampling.sample_in_parts` has it
+
+
 def forward(shape: ModelConfig, tokens: int, size: int) -> float:
     return 3 * tokens * (shape.hidden_size + shape.intermediate_size) * size        # of one layer
 
@@ -100,7 +103,7 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     rollouts = -(-config.batch // ranks) * group
     validated = (-(-len(read_problems(Path(config.val)) if config.val else embedded("val")) // ranks) *
                  config.eval_samples)
-    rows = min(config.sample_batch, max(rollouts, validated))
+    rows = max(min(rollouts, at_once(config, group)), min(validated, at_once(config, config.eval_samples)))
     out["phase: sampling, key/value cache"] = sampling(shape, rows, PROMPT, new, size, cpu)
     if critique and (loads_a_critic or config.critic == "self"):
         read = min(SCRIBE + PROMPT + 2 * new, max(1, judge.max_position_embeddings - config.critic_tokens))
@@ -155,11 +158,11 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
         return (count * flops(of, read, written, 1), tokens * (weights + cache) * size,
                 tokens * of.num_hidden_layers)
 
-    at_once = -(-config.batch // ranks) * group
-    out = {"sampling": sampled(shape, rollouts, min(config.sample_batch, at_once), PROMPT, new)}
+    of_step = -(-config.batch // ranks) * group
+    out = {"sampling": sampled(shape, rollouts, min(of_step, at_once(config, group)), PROMPT, new)}
     if config.cond == "critique" and not (config.critic == "symbolic" or "://" in config.critic):
         judge = shape if config.critic == "self" else read_config(Path(config.critic))
-        out["critic"] = sampled(judge, rollouts, min(config.critic_batch, at_once), SCRIBE + PROMPT + 2 * new,
+        out["critic"] = sampled(judge, rollouts, min(config.critic_batch, of_step), SCRIBE + PROMPT + 2 * new,
                                 config.critic_tokens)
     if config.cond != "grpo":
         out["teacher"] = rollouts * flops(shape, PROMPT + new, new, 1), 0, 0
@@ -168,7 +171,7 @@ def work(config: Config, ranks: int = 1) -> dict[str, tuple[float, float, float]
     out["student, forward and backward"] = rollouts * student, 0, 0
     k = config.eval_samples
     evaluated = (-(-steps // config.eval_every) + 1) * validation * k / ranks
-    return out | {"evaluations": sampled(shape, evaluated, max(1, config.sample_batch // k) * k, PROMPT, new)}
+    return out | {"evaluations": sampled(shape, evaluated, at_once(config, k), PROMPT, new)}
 
 
 def peak(parts: dict[str, float]) -> float:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-WAIT = timedelta(minutes=30)        # a rank may wait for another's longest rollouts, or for its critic
+WAIT = timedelta(hours=2)           # a rank may wait for another's longest rollouts, or for its critic
 
 
 class Lost(Exception):

@@ -128,9 +128,9 @@ def words(text: str) -> str:
 class LocalCritic:
     """A local model; it thinks first if it can. Raises UserError without ChatML tokens or enough room."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, slots: int,
                  compile: bool = False):
-        self.model, self.tokenizer, self.max_new_tokens, self.rows = model, tokenizer, max_new_tokens, rows
+        self.model, self.tokenizer, self.max_new_tokens, self.slots = model, tokenizer, max_new_tokens, slots
         self.thinking, self.compile = tokenizer.think_end is not None, compile
         tokenizer.chat("", self.thinking)
         self.room = model.config.max_position_embeddings - max_new_tokens
@@ -139,13 +139,18 @@ class LocalCritic:
                             f"too few for a prompt and {max_new_tokens} new tokens")
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
-        """A greedy critique per rollout, `rows` at a time; malformed if its prompt is too long to fit."""
+        """A greedy critique per rollout, as many at once as `slots` tokens of cache allow, and at least one.
+
+        Malformed if its prompt is too long for the model.
+        """
         rollouts, end = list(zip(problems, texts, truncated)), self.tokenizer.think_end
         prompts = [self.tokenizer.chat(prompt(*rollout), self.thinking) for rollout in rollouts]
         critiques = [Critique("", "", malformed="prompt too long")] * len(rollouts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.room]
-        for start in range(0, len(fitting), self.rows):
-            rows = fitting[start:start + self.rows]
+        todo = [i for i, ids in enumerate(prompts) if len(ids) <= self.room]
+        todo.sort(key=lambda i: -len(prompts[i]))
+        while todo:
+            count = max(1, self.slots // (len(prompts[todo[0]]) + self.max_new_tokens))
+            rows, todo = todo[:count], todo[count:]
             out = sample(self.model, [prompts[i] for i in rows], self.tokenizer.eos, self.max_new_tokens, 0.0,
                          compile=self.compile)
             for i, ids, cut in zip(rows, out.completions(), out.truncated.tolist()):
@@ -279,7 +284,7 @@ def _shown(text: str) -> str:
     return ascii((text.replace(_key(), "[key]") if _key() else text)[:200])
 
 
-def language_critic(name: str, policy: Transformer, tokenizer: Tokenizer, max_new_tokens: int, rows: int,
+def language_critic(name: str, policy: Transformer, tokenizer: Tokenizer, max_new_tokens: int, slots: int,
                     compile: bool = False) -> Critic:
     """The critic that --critic names: self (the frozen `policy`), a checkpoint FOLDER, or a server's URL."""
     if "://" in name:
@@ -288,4 +293,4 @@ def language_critic(name: str, policy: Transformer, tokenizer: Tokenizer, max_ne
         policy, tokenizer = load(name, policy.lm_head.weight.dtype, policy.lm_head.weight.device)
     elif not tokenizer.chat_model:
         raise UserError("--critic self needs a chat model, which the embedded solver is not: take symbolic")
-    return LocalCritic(policy, tokenizer, max_new_tokens, rows, compile)
+    return LocalCritic(policy, tokenizer, max_new_tokens, slots, compile)

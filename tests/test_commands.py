@@ -285,13 +285,14 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
 
 
 def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
-    """A prompt with room for the student's tokens alone, and a problem the symbolic critic cannot read."""
-    for cond, problem, told in (("ref", "1" * 430, "433 tokens"),
-                                ("critique", "7*8*9", "the symbolic critic cannot read it"),
-                                ("grpo", "How many are 3 and 4?", "does not know all characters")):
-        row = json.dumps({"problem": problem, "answer": "1", "solution": "1"}) + "\n"
-        for split in ("data", "val"):
-            (tmp_path / split).write_text(row)
+    """A prompt with room for the student's tokens alone, a problem the symbolic critic cannot read, …"""
+    for cond, problem, other, told in (
+            ("ref", "1" * 430, "2*3", "433 tokens"), ("critique", "7*8*9", "2*3", "critic cannot read it"),
+            ("grpo", "How many are 3 and 4?", "2*3", "does not know all characters"),
+            ("grpo", "2*3", "2*3", "in both --data and --val, the first is '2*3'")):
+        for split, text in (("data", problem), ("val", other)):
+            row = {"problem": text, "answer": "1", "solution": "1"}
+            (tmp_path / split).write_text(json.dumps(row) + "\n")
         refused(here("train.py", "--cond", cond, "--batch", 1, "--data", tmp_path / "data",
                      "--val", tmp_path / "val", "--out", tmp_path / "out"), told)
         assert not (tmp_path / "out").exists()

@@ -85,3 +85,13 @@ def test_counts_of_another_setting_are_not_mixed_in(run, tmp_path):
     run(problems=2)
     status, _, errors = run("--seed", "1", problems=2)
     assert status == 2 and "seed" in errors and errors.count("\n") == 1
+
+
+def test_copies_of_a_problem_are_sampled_and_kept_once(run, tmp_path, monkeypatch):
+    """Data sets with several solutions per problem have it in several lines, each with another id."""
+    rows = [{"id": str(i), "problem": p.problem, "answer": p.answer}
+            for i, p in enumerate(embedded("val")[:3] * 2)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, shown, _ = run("--data", str(tmp_path / "all.jsonl"), "--max-correct", "8")
+    assert status == 0 and "3 of 6 are copies" in shown and "3 of 3  kept 3" in shown
+    assert [p.id for p in read_problems(tmp_path / "hard.jsonl")] == ["0", "1", "2"]

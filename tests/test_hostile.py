@@ -70,8 +70,8 @@ def test_a_config_that_is_none_is_told(tmp_path, text):
 def test_terminal_escapes_in_an_id_are_never_printed_raw(tmp_path, monkeypatch, capsys):
     import train
     row = {"id": "\x1b[2J\x1b]0;owned\x07", "problem": "7*8 " * 300, "answer": "1"}
-    for name in ("data", "val"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    for name, more in (("data", ""), ("val", "+ 1")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"problem": row["problem"] + more}) + "\n")
     monkeypatch.setattr("sys.argv", ["train.py", "--cond", "grpo", "--data", str(tmp_path / "data.jsonl"),
                                      "--val", str(tmp_path / "val.jsonl"), "--out", str(tmp_path / "out")])
     assert train.main() == 2
@@ -81,8 +81,8 @@ def test_terminal_escapes_in_an_id_are_never_printed_raw(tmp_path, monkeypatch, 
 
 def test_a_path_in_an_id_writes_no_file_outside_the_run(tmp_path, monkeypatch):
     import train
-    rows = [p.__dict__ | {"id": f"../../{p.id}/../x\x00"[:-1]} for p in embedded("train")[:8]]
-    for name in ("data", "val"):
+    for name, split in (("data", "train"), ("val", "val")):
+        rows = [p.__dict__ | {"id": f"../../{p.id}/../x\x00"[:-1]} for p in embedded(split)[:8]]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("sys.argv", ["train.py", "--cond", "ref", "--data", str(tmp_path / "data.jsonl"),
                                      "--val", str(tmp_path / "val.jsonl"),

@@ -21,6 +21,7 @@ TEN = Problem("p", "5*2", "10")
     (["9", "8", "8", "7"], 0, 0, 0),
     (["10", "10.0", "9", "9"], 1 / 2, 1 / 2, 1),        # spellings of one number vote together
     (["20/2", "10.0", "10", "9"], 3 / 4, 1, 1),
+    (["x = 10", "y = 10", "9", "9"], 1 / 2, 1 / 2, 1),  # both right, though they differ: one vote of two
 ])
 def test_scores_of_one_problem(answers, avg, maj, passed):
     result = scores([answers], [TEN], np.full((1, 4), 7), np.zeros((1, 4)))

@@ -43,9 +43,9 @@ def base(tmp_path_factory):
     tokenizer = Tokenizer(source / "tokenizer.json")
     problem = "1" * (PROMPT - len(tokenizer.student_prompt("")))
     assert len(tokenizer.student_prompt(problem)) == PROMPT
-    line = json.dumps({"problem": problem, "answer": "1", "solution": "1" * NEW}) + "\n"
-    (base / "train.jsonl").write_text(line * 20)
-    (base / "val.jsonl").write_text(line * 2)
+    for split, digit, count in (("train", "1", 20), ("val", "2", 2)):
+        line = json.dumps({"problem": problem[1:] + digit, "answer": "1", "solution": "1" * NEW}) + "\n"
+        (base / f"{split}.jsonl").write_text(line * count)
     return base
 
 
@@ -150,6 +150,13 @@ def test_packed_weights_count_where_a_model_is_large_enough_to_be_packed(monkeyp
         monkeypatch.setattr(sd.plan, "PACK_WEIGHTS", worth)
         plans.append(needs(config))
     assert [plans[0][phase] - plans[1][phase] for phase in phases] == [4 * linear] * 2
+
+
+def test_no_fewer_rollouts_than_a_group_are_sampled_at_once(qwen3):
+    """--sample-batch 4 was planned as 4 rows, but an evaluation samples a problem's 12 together."""
+    name = "phase: sampling, key/value cache"
+    four, twelve = (needs(replace(qwen3, sample_batch=rows))[name] for rows in (4, 12))
+    assert qwen3.eval_samples == 12 and four == twelve
 
 
 def test_two_devices_halve_what_each_samples(qwen3):

@@ -163,7 +163,7 @@ def local(monkeypatch):
     answers = {}
     monkeypatch.setattr(scribe, "sample", sample)
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10_000))
-    return SimpleNamespace(make=lambda: LocalCritic(model, Characters(), 500, 2), answers=answers,
+    return SimpleNamespace(make=lambda: LocalCritic(model, Characters(), 500, 5_000), answers=answers,
                            calls=calls, model=model)
 
 
@@ -182,6 +182,15 @@ def test_thinking_is_stripped_by_id_and_slices_keep_the_order(local):
     assert critiques[0].text == critiques[3].text == RIGHT and critiques[4].text == render(["all"], "122")
     assert [len(prompts) for prompts in local.calls] == [2, 2, 1]
     assert all(p[0] == 4 for prompts in local.calls for p in prompts)       # prompted to think
+
+
+def test_the_longer_its_prompt_the_fewer_critiques_are_written_at_once(local):
+    """A reference solution of some thousand tokens took rows as planned for less, and more memory."""
+    long = ["long " + "x" * 6000, "longer " + "x" * 7000]
+    local.answers |= {name: [THINK_END, *ids(RIGHT), 1] for name in ("one", "two", *long)}
+    critiques = local.make().batch(problems("one", *long, "two"), [WRONG] * 4, [False] * 4)
+    assert [c.text for c in critiques] == [RIGHT] * 4
+    assert [len(prompts) for prompts in local.calls] == [1, 1, 2]
 
 
 def test_a_thought_or_a_critique_that_runs_out_of_tokens_is_cut_off(local):
