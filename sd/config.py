@@ -195,31 +195,22 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
     parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0, help="print the memory "
                         "that this would need and whether it fits GIB (default 24); train nothing")
     for f in fields(Config):
-        name, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
-        else:
-            shown += "" if f.default == "" else f" (default: {f.default})"
-            parser.add_argument(name, type=f.type, default=f.default, help=shown,
-                                choices=f.metadata["choices"])
+        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                {"type": f.type, "choices": f.metadata["choices"]})
+        shown = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown, **kind)
     args = parser.parse_args(argv)
-    if args.preset:
-        parser.set_defaults(**PRESETS[args.preset])
-        args = parser.parse_args(argv)
-    values = {f.name: getattr(args, f.name) for f in fields(Config)}
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     if args.resume:
-        parser.set_defaults(**dict.fromkeys(values))            # what is not None now was given
-        given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-                 if name in values and value is not None}
         if args.preset or not given.keys() <= MACHINE:
             parser.error("--resume goes on with the options of the run; beside it only those may change that "
                          "say how it is computed: " +
                          ", ".join("--" + name.replace("_", "-") for name in sorted(MACHINE)))
         config = replace(read_config(args.resume / "config.json"), **given)
-    elif not args.cond:
+    elif "cond" not in given:
         parser.error("the following arguments are required: --cond")
     else:
-        config = Config(**values)
+        config = Config(**PRESETS.get(args.preset, {}) | given)
     config.check()
     if args.plan is None:
         if args.preset and not (config.model and config.data):
