@@ -7,8 +7,9 @@
 
 Further options go to train.py: --steps 20 for a quick look.
 
-Every run calls `train.py` and then `eval.py` as a user would, so nothing here can differ from what they do. A
-run that is finished is skipped, or copied if another experiment made it; one that was killed is resumed.
+Every run calls `train.py` and then `eval.py` as a user would, so nothing here can differ from what they do.
+Runs are in OUT/runs, each in a folder named after its options, so experiments share the runs that they have
+in common (hence one at a time per OUT). A run that is finished is skipped, one that was killed is resumed.
 Tables come from stored results alone: OUT/NAME/table.md and results.json are the same to the digit when made
 again. Checkpoints are chosen on validation problems and measured on test problems; intervals are over seeds
 and problems together.
@@ -21,7 +22,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,8 @@ from sd import UserError, command, losses, steps
 from sd import times_table as tt
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import completion_hidden
-from sd.config import Config, parse_config, read_config
-from sd.critic import SymbolicCritic
+from sd.config import Config, parse_config
+from sd.critic import QUOTING, SymbolicCritic
 from sd.problems import Problem, embedded
 from sd.report import write_report
 from sd.sampling import sample, uniforms
@@ -53,18 +55,15 @@ def arms(name: str, out: Path) -> dict[str, list[str]]:
     if name == "alignment":
         return {f"ref {kind}": ref + write_references(kind, out / "data") for kind in REFERENCES} | {
             "critique": critique, "grpo": grpo}
-    if name == "quoting":
-        return {f"critique {how}": critique + ["--quoting", how]
-                for how in ("partial", "full", "omit")} | {"ref": ref}
-    if name == "divergence":
-        return {f"{c[1]} {d}": c + ["--divergence", d] for c in (ref, critique) for d in losses.DIVERGENCES}
-    if name == "teacher":
-        return {f"{c[1]} {t}": c + ["--teacher", t] for c in (ref, critique) for t in ("base", "ema", "live")}
-    if name == "critic-noise":
-        return {f"critique {noise:.0%} wrong": critique + ["--critic-noise", str(noise)]
-                for noise in (0.0, 0.1, 0.25, 0.5)} | {"ref": ref}
-    return {f"{c[1]} width {width}": c + solver_options(width, out)
-            for width in (64, 128) for c in (grpo, ref, critique)}
+    if name == "scale":
+        return {f"{c[1]} width {width}": c + solver_options(width, out)
+                for width in (64, 128) for c in (grpo, ref, critique)}
+    values = {"quoting": QUOTING, "critic-noise": (0.0, 0.1, 0.25, 0.5),        # else called like the option
+              "divergence": losses.DIVERGENCES, "teacher": ("base", "ema", "live")}[name]
+    of_critics = name in ("quoting", "critic-noise")
+    return {f"{c[1]} {value}": [*c, f"--{name}", str(value)]
+            for c in ([critique] if of_critics else [ref, critique]) for value in values} | (
+        {"ref": ref} if of_critics else {})
 
 
 def reference(problem: Problem, kind: str) -> str:
@@ -99,12 +98,11 @@ def solver_options(width: int, out: Path) -> list[str]:
         return []
     folder = out / f"solver-{width}"
     if not (folder / "val.jsonl").exists():
-        run_command([sys.executable, "-m", "sd.pretrain", "--width", str(width), "--out", str(folder)],
-                    threads=2)
+        run_command([sys.executable, "-m", "sd.pretrain", "--width", str(width), "--out", str(folder)], 2)
     return ["--model", str(folder), "--data", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl")]
 
 
-def run_command(command: list[str], threads: int) -> None:
+def run_command(command: list[str], threads: int = 1) -> None:
     """Runs one of this project's commands. Raises UserError with its last line of stderr if it fails."""
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, text=True,
                             capture_output=True, stdin=subprocess.DEVNULL)
@@ -112,53 +110,35 @@ def run_command(command: list[str], threads: int) -> None:
         raise UserError(f"{' '.join(command[1:])}: {' '.join(result.stderr.strip().splitlines()[-1:])}")
 
 
-def run(folder: Path, options: list[str], seed: int, threads: int, extra: list[str]) -> None:
-    """Trains and measures one arm and seed unless done. Raises UserError if its folder holds another run."""
-    python, result = sys.executable, folder / "test.json"
-    options = [*options, "--seed", str(seed), *extra]
-    wanted = parse_config("", options)[0]
-    if serves(folder, wanted) is False or result.exists() and not serves(folder, wanted):
-        raise UserError(f"{folder}: was made with other options or by another version; "
-                        "remove it or choose another --out")
-    if result.exists() or copied(folder, wanted):
-        return
+def place(runs: Path, config: Config) -> Path:
+    """A run's folder. No two runs share a name: it ends with a digest of all options, defaults too."""
+    changed = [f"{f.name}-{Path(str(getattr(config, f.name))).name}" for f in fields(config)
+               if getattr(config, f.name) != f.default and f.name not in ("cond", "seed")]
+    digest = sha256(json.dumps(asdict(config)).encode()).hexdigest()[:8]
+    return runs / "-".join([config.cond, *changed, f"seed{config.seed}", digest])
+
+
+def run(runs: Path, options: list[str]) -> Path:
+    """Trains and measures one arm and seed, on one thread, unless that is done. Returns the run's folder."""
+    python, wanted = sys.executable, parse_config("", options)[0]
+    kept = place(runs, replace(wanted, keep=True))          # the same, with more of it kept, serves as well
+    folder = kept if (kept / "test.json").exists() else place(runs, wanted)
+    result = folder / "test.json"
+    if result.exists():
+        return folder
     if any(folder.glob("state-*.safetensors")):
-        run_command([python, "train.py", "--resume", str(folder)], threads)    # does nothing if finished
+        run_command([python, "train.py", "--resume", str(folder)])          # does nothing if finished
     else:
         shutil.rmtree(folder, ignore_errors=True)           # killed before its first state
-        run_command([python, "train.py", *options, "--out", str(folder)], threads)
+        run_command([python, "train.py", *options, "--out", str(folder)])
     test = ["--temperature", str(wanted.temperature), "--max-new-tokens", str(wanted.max_new_tokens)]
     test += ["--test", f"{wanted.model}/test.jsonl"] if wanted.model else []
-    if kept := sorted(folder.glob("step-*")):
-        run_command([python, "eval.py", *map(str, kept), *test, "--json", str(folder / "kept.json")], threads)
+    if checkpoints := sorted(folder.glob("step-*")):
+        run_command([python, "eval.py", *map(str, checkpoints), *test, "--json", str(folder / "kept.json")])
     # last: once test.json is there, the run is done
-    run_command([python, "eval.py", str(folder / "best"), *test, "--json", str(result)], threads)
+    run_command([python, "eval.py", str(folder / "best"), *test, "--json", str(result)])
     print(f"{folder}: test Avg {json.loads(result.read_text())['avg@12']['mean']:.2f}", flush=True)
-
-
-def serves(folder: Path, wanted: Config) -> bool | None:
-    """Whether the run in a folder has these options; None if there is none, or one of another version."""
-    try:
-        config = replace(read_config(folder / "config.json"), out="")
-    except UserError:
-        return None
-    return wanted in (config, replace(config, keep=False))
-
-
-def copied(folder: Path, wanted: Config) -> bool:
-    """Copies a finished run with these options from any experiment in OUT; returns whether there was one.
-
-    It is copied to a folder beside and then renamed, as a half-copied folder would look finished.
-    """
-    beside = folder.parent / "copying" / folder.name
-    for result in sorted(folder.parent.parent.glob("*/*/test.json")):
-        if serves(result.parent, wanted):
-            for old in (folder, beside):
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(result.parent, beside)
-            beside.rename(folder)
-            return True
-    return False
+    return folder
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -174,11 +154,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(mean - half ** 0.5), float(mean + half ** 0.5)
 
 
-def summary(out: Path, names: list[str], seeds: int) -> dict:
-    """The numbers of all arms, from what their runs stored."""
-    arms, per_problem, problems = {}, {}, {}
-    for name in names:
-        folders = [out / f"{slug(name)}-{seed}" for seed in range(seeds)]
+def summary(runs: dict[str, list[Path]]) -> dict:
+    """The numbers of all arms, from what their runs, one per seed, stored."""
+    arms, per_problem, problems, names = {}, {}, {}, list(runs)
+    for name, folders in runs.items():
         tests = [json.loads((f / "test.json").read_text()) for f in folders]
         rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
                 for f in folders]
@@ -196,7 +175,7 @@ def summary(out: Path, names: list[str], seeds: int) -> dict:
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if problems[a] == problems[b]]
     differences = {f"{a} - {b}": [float((per_problem[a] - per_problem[b]).mean()),
                                   *interval(per_problem[a] - per_problem[b])] for a, b in pairs}
-    return {"seeds": seeds, "arms": arms, "differences in avg@12": differences}
+    return {"seeds": len(folders), "arms": arms, "differences in avg@12": differences}
 
 
 def table(result: dict) -> str:
@@ -274,10 +253,6 @@ def figure(result: dict) -> str:
     return FIGURE.read_text().replace("<!--PARTS-->", "\n".join(parts))
 
 
-def slug(name: str) -> str:
-    return name.replace(" ", "-").replace("%", "")
-
-
 @command("sd.experiment")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd.experiment", description=__doc__, allow_abbrev=False,
@@ -302,15 +277,14 @@ def main() -> None:
     for arm in options.values():
         parse_config("", [*arm, *extra])                # a wrong option is reported once, and now
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, out / f"{slug(name)}-{seed}", arm, seed, 1, extra)
-                for seed in range(args.seeds) for name, arm in options.items()]
+        jobs = {(name, seed): pool.submit(run, out.parent / "runs", [*arm, "--seed", str(seed), *extra])
+                for seed in range(args.seeds) for name, arm in options.items()}
         try:
-            for job in jobs:
-                job.result()
+            runs = {name: [jobs[name, seed].result() for seed in range(args.seeds)] for name in options}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    result = summary(out, list(options), args.seeds)
+    result = summary(runs)
     if args.name == "alignment":
         model, tokenizer = load(EMBEDDED)
         result["distance"] = {name: distance(name, embedded("val"), model, tokenizer)
@@ -318,8 +292,7 @@ def main() -> None:
         write_atomic(out / "figure.svg", figure(result))
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_atomic(out / "table.md", table(result))
-    write_report([out / f"{slug(name)}-{seed}" for name in options for seed in range(args.seeds)],
-                 out / "report.html")
+    write_report([folder for folders in runs.values() for folder in folders], out / "report.html")
     print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
 
 

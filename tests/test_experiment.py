@@ -2,7 +2,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from sd import UserError, experiment
 from sd.config import Config
-from sd.experiment import REFERENCES, arms, figure, interval, reference, run, summary, table
+from sd.experiment import REFERENCES, arms, figure, interval, place, reference, run, summary, table
 from sd.problems import embedded
 from sd.steps import parse
 
@@ -83,14 +83,14 @@ def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
     for seed, shift in ((0, 0.0), (1, 0.25)):
         stored(tmp_path / f"ref-{seed}", [0.25 + shift, 0.5], 32)
         stored(tmp_path / f"critique-{seed}", [0.5 + shift, 0.75], 32)
-    result = summary(tmp_path, ["ref", "critique"], 2)
-    assert (table(result) == table(json.loads(json.dumps(result)))
-            == table(summary(tmp_path, ["ref", "critique"], 2)))
+    runs = {name: [tmp_path / f"{name}-0", tmp_path / f"{name}-1"] for name in ("ref", "critique")}
+    result = summary(runs)
+    assert table(result) == table(json.loads(json.dumps(result))) == table(summary(runs))
     # by hand: ref 37.5 and 50, critique 62.5 and 75; sample standard deviation 12.5 / sqrt(2)
     assert "| ref | 43.8 ± 8.8 |" in table(result) and "| critique | 68.8 ± 8.8 |" in table(result)
     assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in table(result)
     stored(tmp_path / "other-0", [0.5, 0.75], 32, "test.jsonl")         # other problems: nothing to pair
-    differences = summary(tmp_path, ["ref", "critique", "other"], 1)["differences in avg@12"]
+    differences = summary(runs | {"other": [tmp_path / "other-0"]})["differences in avg@12"]
     assert list(differences) == ["critique - ref"]
 
 
@@ -110,57 +110,46 @@ def test_the_figure_shows_what_was_measured():
 
 
 def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp_path, monkeypatch):
-    commands = []
+    commands, options = [], ["--cond", "ref", "--seed", "7", "--temperature", "0.9"]
 
-    def run_command(command, threads):
+    def run_command(command):
         commands.append(command[1:])
         if command[1] == "eval.py":
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(asdict(made)))
             (folder / "test.json").write_text(json.dumps({"avg@12": {"mean": 1.0}}))
-    made, extra = Config(cond="ref", seed=7, temperature=0.9), ["--temperature", "0.9"]
     monkeypatch.setattr(experiment, "run_command", run_command)
     for name, files in (("new", []), ("killed early", ["config.json"]),
                         ("killed", ["config.json", "state-3.safetensors"])):
-        folder = tmp_path / name / "main/ref-7"
+        folder = place(tmp_path / name, Config(cond="ref", seed=7, temperature=0.9))
         for file in files:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text("")
-        run(folder, ["--cond", "ref"], 7, 1, extra)
+        assert run(tmp_path / name, options) == folder
         first, second = commands[-2:]
         assert second[:2] == ["eval.py", str(folder / "best")]
         assert second[second.index("--temperature") + 1] == "0.9"       # tested as it was trained
-        fresh = ["train.py", "--cond", "ref", "--seed", "7", "--temperature", "0.9", "--out", str(folder)]
+        fresh = ["train.py", *options, "--out", str(folder)]
         assert first == (["train.py", "--resume", str(folder)] if name == "killed" else fresh)
         count = len(commands)
-        run(folder, ["--cond", "ref"], 7, 1, extra)
-        assert len(commands) == count
-    (folder / "config.json").write_text("{}")           # another version's: not known to be what is asked for
-    with pytest.raises(UserError, match="another version"):
-        run(folder, ["--cond", "ref"], 7, 1, extra)
+        assert run(tmp_path / name, options) == folder and len(commands) == count
 
 
-def test_a_run_that_another_experiment_has_finished_is_copied_if_its_options_are_the_same(
-        tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "run_command", lambda command, threads: pytest.fail(str(command)))
-    made = tmp_path / "main/ref-0"
+def test_experiments_share_the_runs_whose_options_are_the_same_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "run_command", lambda command: pytest.fail(str(command)))
+    made = place(tmp_path, Config(cond="ref", steps=2, keep=True))
     stored(made, [0.5], 32)
-    (made / "config.json").write_text(json.dumps(asdict(
-        Config(cond="ref", steps=2, keep=True, out="somewhere"))))
-    run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, ["--steps", "2"])
-    assert (tmp_path / "teacher/ref-base-0/test.json").read_text() == (made / "test.json").read_text()
-    monkeypatch.setattr(experiment.shutil, "copytree", lambda old, new: (new.mkdir(parents=True), 1 / 0))
-    with pytest.raises(ZeroDivisionError):                              # killed while it copied
-        run(tmp_path / "quoting/ref-0", ["--cond", "ref"], 0, 1, ["--steps", "2"])
-    assert not (tmp_path / "quoting/ref-0").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(experiment, "run_command", lambda command, threads: pytest.fail(str(command)))
-    with pytest.raises(UserError, match="made with other options"):     # not passed off as the one asked for
-        run(tmp_path / "teacher/ref-base-0", ["--cond", "ref", "--teacher", "base"], 0, 1, [])
-    for options, seed in ((["--cond", "ref"], 1), (["--cond", "ref", "--divergence", "jsd"], 0),
-                          (["--cond", "critique"], 0)):
+    short = ["--cond", "ref", "--seed", "0", "--steps", "2"]
+    for options in (short, [*short, "--teacher", "base"], [*short, "--keep"]):      # base is the default
+        assert run(tmp_path, options) == made
+    for options in (short[:-2], [*short, "--seed", "1"], [*short, "--divergence", "jsd"],
+                    [*short, "--cond", "critique"], [*short, "--data", "a/x", "--val", "v"]):
         with pytest.raises(pytest.fail.Exception):
-            run(tmp_path / "teacher/other", options, seed, 1, ["--steps", "2"])
+            run(tmp_path, options)
+    one, other = Config(cond="ref", data="a/x", val="v"), Config(cond="ref", data="b/x", val="v")
+    assert place(tmp_path, one) != place(tmp_path, other) == place(tmp_path, replace(one, data="b/x"))
+    monkeypatch.setattr(experiment, "asdict", lambda config: {"an option of another version": 1})
+    with pytest.raises(pytest.fail.Exception):
+        run(tmp_path, short)
 
 
 def test_every_experiment_has_options_that_train_py_takes(tmp_path, monkeypatch):
