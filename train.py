@@ -24,7 +24,7 @@ from sd.critic import Critic, SymbolicCritic
 from sd.lora import add_lora
 from sd.metrics import evaluate
 from sd.plan import plan
-from sd.problems import Problem, embedded, read_problems
+from sd.problems import Problem, check_lengths, embedded, read_problems
 from sd.ranks import Lost, Ranks
 from sd.runs import RunFolder, Signals, Stop
 from sd.sampling import sample_in_parts, uniforms
@@ -54,13 +54,11 @@ def read_data(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pr
         raise UserError(f"{len(both)} problems are in both --data and --val, the first is "
                         f"{ascii(min(both)[:60])}; remove them from one: --val must choose the checkpoint by "
                         "problems that it was not trained on")
-    prompts = [(p, tokenizer.student_prompt(p.problem)) for p in problems + validation]
+    every = problems + validation
+    check_lengths(every, [tokenizer.student_prompt(p.problem) for p in every], limit)
     if config.cond != "grpo":
-        prompts += [(p, tokenizer.teacher_prompt(p.problem, config.cond, "")) for p in problems]
-    for p, prompt in prompts:
-        if len(prompt) > limit:
-            raise UserError(f"problem {p.id!r}: its prompt has {len(prompt)} tokens, {limit} fit the model "
-                            "beside --max-new-tokens; remove it or lower that option")
+        prompts = [tokenizer.teacher_prompt(p.problem, config.cond, "") for p in problems]
+        check_lengths(problems, prompts, limit)
     if config.cond == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have "
                         "no solution to show")

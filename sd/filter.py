@@ -23,7 +23,7 @@ from sd import UserError, command
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.config import check_sampling, new_tokens, pick_device, sampling_options
-from sd.problems import Problem, read_problems
+from sd.problems import Problem, check_lengths, read_problems
 from sd.sampling import sample, uniforms
 
 
@@ -82,12 +82,10 @@ def main() -> None:
     if len(problems) < len(rows):
         print(f"{len(rows) - len(problems)} of {len(rows)} are copies of others and left out", flush=True)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    args.max_new_tokens, room = new_tokens(args, tokenizer), model.config.max_position_embeddings
+    args.max_new_tokens = new_tokens(args, tokenizer)
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
-    for p in problems:
-        if len(tokenizer.student_prompt(p.problem)) + args.max_new_tokens > room:
-            raise UserError(f"problem {p.id!r}: its prompt and --max-new-tokens do not fit the model's "
-                            f"{room} tokens; remove it or lower that option")
+    check_lengths(problems, [tokenizer.student_prompt(p.problem) for p in problems],
+                  model.config.max_position_embeddings - args.max_new_tokens)
     settings = {name: str(getattr(args, name)) for name in counted}
     path, start = args.out.with_name(args.out.name + ".counts.jsonl"), time.time()
     counts = known_counts(path, settings)

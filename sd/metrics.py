@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sd import UserError
 from sd.answers import equal, final_answer
 from sd.critic import SymbolicCritic
 from sd.model import Transformer
-from sd.problems import Problem
+from sd.problems import Problem, check_lengths
 from sd.ranks import Ranks
 from sd.sampling import sample_in_parts, uniforms
 from sd.tokenizer import Tokenizer
@@ -72,22 +71,14 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
     rollout sampled first. Raises UserError if a prompt does not fit the model.
     """
     mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
-    part = problems[mine]
-
-    def fitting(prompts: list[list[int]]) -> list[list[int]]:
-        room = max(0, model.config.max_position_embeddings - max_new_tokens)
-        for i, prompt in enumerate(prompts):
-            if len(prompt) > room:
-                problem = part[i * len(part) // len(prompts)]
-                raise UserError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens, "
-                                f"{room} fit the model beside --max-new-tokens; remove it or lower that")
-        return prompts
+    part, room = problems[mine], model.config.max_position_embeddings - max_new_tokens
 
     def draws(*purpose) -> torch.Tensor:
         noise = uniforms(len(problems) * samples, max_new_tokens, seed, *purpose)
         return noise[mine.start * samples:mine.stop * samples]
 
-    prompts, group = fitting([tokenizer.student_prompt(p.problem) for p in part]), samples
+    prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
+    check_lengths(part, prompts, room)
     if context == "ref":
         prompts = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part]
     elif context == "critique":
@@ -98,7 +89,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
                                            first.truncated.tolist())
         group = 1                       # each rollout has a critique, and so a prompt, of its own
         prompts = [tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)]
-    out = sample_in_parts(model, fitting(prompts), tokenizer.eos, max_new_tokens, temperature, group,
+    check_lengths(part, prompts, room)
+    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group,
                           draws("evaluate"), rows, compile)
     found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
              for c, cut in zip(out.completions(), out.truncated.tolist())]

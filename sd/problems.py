@@ -87,6 +87,15 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
+def check_lengths(problems: list[Problem], prompts: list[list[int]], room: int) -> None:
+    """Raises UserError if a prompt has more than `room` tokens; a problem's prompts stand side by side."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > room:
+            raise UserError(f"problem {problems[i * len(problems) // len(prompts)].id!r}: its prompt has "
+                            f"{len(prompt)} tokens, {max(0, room)} fit the model beside --max-new-tokens; "
+                            "remove it or lower that option")
+
+
 def embedded(split: str) -> list[Problem]:
     """The embedded task's "train", "val" or "test" problems; `python -m sd.pretrain` made them."""
     return read_problems(ASSETS / f"{split}.jsonl")
