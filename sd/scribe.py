@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from http.client import HTTPException
-from queue import SimpleQueue
+from multiprocessing.pool import ThreadPool
 from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_opener
 
 from sd import UserError
@@ -196,26 +196,14 @@ class ServerCritic:
 
     def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
         """One critique per rollout, in order. Raises UserError at the first that fails for good."""
-        rollouts, critiques = list(zip(problems, texts, truncated)), [None] * len(problems)
-        todo, done, stop = iter(range(len(rollouts))), SimpleQueue(), threading.Event()
-
-        def work() -> None:
-            for i in todo:                                  # shared: each index goes to one thread
-                try:
-                    done.put((i, self._critique(rollouts[i], stop)))
-                except Exception as error:                  # raised below, in the waiting thread
-                    done.put((i, error))
-
-        try:  # daemons: a ThreadPoolExecutor joins its threads at exit, so Ctrl-C would wait for the slowest
-            for _ in range(min(self.concurrent, len(rollouts))):
-                threading.Thread(target=work, daemon=True).start()
-            for _ in rollouts:
-                i, critiques[i] = done.get()
-                if isinstance(critiques[i], Exception):
-                    raise critiques[i]
-        finally:
-            stop.set()                                      # no further request is started
-        return critiques
+        rollouts, stop = list(zip(problems, texts, truncated)), threading.Event()
+        ask = lambda i: (i, self._critique(rollouts[i], stop))
+        with ThreadPool(self.concurrent) as pool:   # of daemons: Ctrl-C does not wait for the slowest answer
+            try:
+                done = dict(pool.imap_unordered(ask, range(len(rollouts))))
+            finally:
+                stop.set()                          # no further request is started
+        return [done[i] for i in range(len(rollouts))]
 
     def _critique(self, rollout: tuple, stop: threading.Event) -> Critique:
         payload = {"model": self.model_name, "messages": [{"role": "user", "content": prompt(*rollout)}],
