@@ -22,9 +22,7 @@ from sd.metrics import evaluate
 from sd.problems import embedded, read_problems
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED], metavar="FOLDER",
                         help="checkpoints (default: the embedded solver)")
     parser.add_argument("--test", type=Path, metavar="FILE",
@@ -70,9 +68,9 @@ def metric_names(samples: int) -> list[str]:
     return [f"{name}@{samples}" for name in ("avg", "maj", "pass")]
 
 
-@command("eval.py")
-def main() -> None:
-    args = parse_args()
+@command("eval.py", __doc__)
+def main(parser) -> None:
+    args = parse_args(parser)
     results = [measure(folder, args) for folder in args.folders]
     if len(results) > 1:
         print(f"mean ± standard deviation over {len(results)} checkpoints")

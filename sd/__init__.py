@@ -1,4 +1,5 @@
 """Feedback-aligned self-distillation, from scratch. README.md has the reading order."""
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -16,13 +17,17 @@ def out_of_memory(error: BaseException) -> bool:
             or isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
-    """Decorates a command's `main` so that it returns an exit status and shows a traceback only for bugs."""
+def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
+    """Decorates a command's `main(parser)`: it gets a parser whose help begins with `about`, returns an exit
+    status, and shows a traceback only for bugs."""
     def decorate(main: Callable[..., None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(*args) -> int:
+            parser = argparse.ArgumentParser(
+                prog=name if name.endswith(".py") else f"python -m {name}", description=about,
+                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
             try:
-                main(*args)
+                main(parser, *args)
                 return 0
             except (UserError, OSError) as error:
                 print(f"{name}: {error}", file=sys.stderr)

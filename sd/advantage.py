@@ -17,7 +17,6 @@ grpo's constant A_i = (r_i - mean(r)) / std(r). A rollout counts as wrong if its
 critic finds a first wrong step (case D). Simplified: only the sampled token counts, whereas the loss sums
 over the vocabulary; where a step departs from its correction is decided by comparing characters.
 """
-import argparse
 import json
 import re
 import sys
@@ -269,10 +268,8 @@ def page(rows: list[Row], summary: dict[str, dict], facts: dict) -> str:
     return before + figure(summary) + between + script_json(data) + after
 
 
-@command("sd.advantage")
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sd.advantage", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("sd.advantage", __doc__)
+def main(parser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=EMBEDDED, metavar="FOLDER",
                         help="the student (default: the embedded solver)")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER",

@@ -179,11 +179,9 @@ def table(results: dict) -> str:
                       f"matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
 
 
-@command("sd.bench")
-def main(argv: list[str] | None = None) -> None:
+@command("sd.bench", __doc__)
+def main(parser, argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m sd.bench", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
     parser.add_argument("--model", default=str(EMBEDDED),
                         help="checkpoint folder (default: the embedded solver)")
     parser.add_argument("--peer", choices=tuple(PEERS),

@@ -14,7 +14,6 @@ Tables come from stored results alone: OUT/NAME/table.md and results.json are th
 again. Checkpoints are chosen on validation problems and measured on test problems; intervals are over seeds
 and problems together.
 """
-import argparse
 import json
 import os
 import random
@@ -253,10 +252,8 @@ def figure(result: dict) -> str:
     return FIGURE.read_text().replace("<!--PARTS-->", "\n".join(parts))
 
 
-@command("sd.experiment")
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sd.experiment", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("sd.experiment", __doc__)
+def main(parser) -> None:
     parser.add_argument("name", choices=("main", "alignment", "quoting", "divergence", "teacher",
                                          "critic-noise", "scale"))
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")

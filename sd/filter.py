@@ -27,20 +27,16 @@ from sd.problems import Problem, check_lengths, read_problems
 from sd.sampling import sample, uniforms
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sd.problems", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "filter", help="keep the hard problems")
-    command.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
-    command.add_argument("--data", type=Path, required=True, help="problems, JSONL")
-    command.add_argument("--out", type=Path, required=True, help="where the kept problems go, JSONL")
-    sampling_options(command, samples=16, sample_batch=64)
-    command.add_argument("--max-correct", type=int, default=None,
-                         help="keep a problem with at most this many right rollouts "
-                              "(default: a quarter of --samples)")
-    command.add_argument("--min-correct", type=int, default=0,
-                         help="and at least this many; above 0, what a critic can solve (default: 0)")
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    parser.add_argument("command", choices=["filter"], help="keep the hard problems")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
+    parser.add_argument("--data", type=Path, required=True, help="problems, JSONL")
+    parser.add_argument("--out", type=Path, required=True, help="where the kept problems go, JSONL")
+    sampling_options(parser, samples=16, sample_batch=64)
+    parser.add_argument("--max-correct", type=int, help="keep a problem with at most this many right "
+                        "rollouts (default: a quarter of --samples)")
+    parser.add_argument("--min-correct", type=int, default=0,
+                        help="and at least this many; above 0, what a critic can solve (default: 0)")
     args = parser.parse_args()
     check_sampling(parser, args)
     args.max_correct = args.samples // 4 if args.max_correct is None else args.max_correct
@@ -74,9 +70,9 @@ def key(p: Problem) -> str:
     return sha256(json.dumps([p.problem, p.answer]).encode()).hexdigest()[:16]
 
 
-@command("sd.problems")
-def main() -> None:
-    args = parse_args()
+@command("sd.problems", __doc__)
+def main(parser) -> None:
+    args = parse_args(parser)
     rows = read_problems(args.data)
     problems = list({key(p): p for p in reversed(rows)}.values())[::-1]         # the first of its copies
     if len(problems) < len(rows):

@@ -11,7 +11,6 @@ contexts worth reading:
   just read one does; the others keep the solver's own order and notation, since a teacher must be able to use
   a reference whose path the trace does not follow.
 """
-import argparse
 import json
 import math
 import random
@@ -188,10 +187,8 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, seed: 
         found = found[count:]
 
 
-@command("sd.pretrain")
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sd.pretrain", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
+@command("sd.pretrain", __doc__)
+def main(parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("pretrained"),
                         help="folder to write (default: pretrained)")
     parser.add_argument("--seed", type=int, default=0)

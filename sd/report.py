@@ -6,7 +6,6 @@
 The page holds numbers and texts as JSON, and its script draws them: no server, no network, no library.
 Simplified: every logged step is a point, none is thinned out; the page does not follow a run in progress.
 """
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -123,10 +122,8 @@ def write_report(folders: list[Path], file: Path) -> None:
     write_atomic(file, page([read_run(Path(folder)) for folder in folders]))
 
 
-@command("sd.report")
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sd.report", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("sd.report", __doc__)
+def main(parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="(default: report.html, in RUN if there is only one)")
