@@ -117,12 +117,12 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
 
 
 def sample_in_parts(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...],
-                    max_new_tokens: int, temperature: float, group: int, noise: Tensor | None, rows: int,
+                    max_new_tokens: int, temperature: float, group: int, noise: Tensor, rows: int,
                     compile: bool = False) -> Rollouts:
     """`sample`, at most `rows` rollouts at once (at least a group): bounds the cache, changes no rollout."""
     step = max(1, rows // group)
     parts = [sample(model, prompts[at:at + step], eos, max_new_tokens, temperature, group,
-                    None if noise is None else noise[at * group:(at + step) * group], compile)
+                    noise[at * group:(at + step) * group], compile)
              for at in range(0, len(prompts), step)]
     width = max(part.ids.size(1) for part in parts)
     wide = lambda tensors: torch.cat([F.pad(t, (0, width - t.size(1))) for t in tensors])

@@ -131,8 +131,8 @@ class LocalCritic:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, slots: int,
                  compile: bool = False):
         self.model, self.tokenizer, self.max_new_tokens, self.slots = model, tokenizer, max_new_tokens, slots
-        self.thinking, self.compile = tokenizer.think_end is not None, compile
-        tokenizer.chat("", self.thinking)
+        self.compile = compile
+        tokenizer.chat("")
         self.room = model.config.max_position_embeddings - max_new_tokens
         if self.room < 1:
             raise UserError(f"the critic's model has {model.config.max_position_embeddings} positions, "
@@ -144,7 +144,7 @@ class LocalCritic:
         Malformed if its prompt is too long for the model.
         """
         rollouts, end = list(zip(problems, texts, truncated)), self.tokenizer.think_end
-        prompts = [self.tokenizer.chat(prompt(*rollout), self.thinking) for rollout in rollouts]
+        prompts = [self.tokenizer.chat(prompt(*rollout)) for rollout in rollouts]
         critiques = [Critique("", "", malformed="prompt too long")] * len(rollouts)
         todo = [i for i, ids in enumerate(prompts) if len(ids) <= self.room]
         todo.sort(key=lambda i: -len(prompts[i]))

@@ -89,7 +89,7 @@ class Tokenizer:
         """Raises UserError if the tokenizer has neither the embedded solver's prompt tokens nor ChatML's, or
         if it is the embedded solver's and lacks the problem's."""
         if self.chat_model:
-            return self.chat(f"{problem}\n\n{INSTRUCTION}", thinking=False)
+            return self.chat(f"{problem}\n\n{INSTRUCTION}", thought="\n\n")
         ids = self.encode(problem)
         if self.unknown in ids:
             raise UserError(f"{self.path}: does not know all characters of the problem {problem[:60]!r}; "
@@ -100,22 +100,18 @@ class Tokenizer:
         """`kind` names what the context is: "ref" or "critique"."""
         if self.chat_model:
             user = f"{problem}\n\n{INTRODUCTION[kind]}\n\n{context}\n\n{INSTRUCTION}"
-            thought = f"\n{THOUGHT}\n" if self.think_end is not None else None
-            return self.chat(user, thinking=True) + self._thought(thought)
+            return self.chat(user, thought=f"\n{THOUGHT}\n")
         return [self._control("<problem>"), *self.encode(problem), self._control(CONTEXT_TAGS[kind]),
                 *self.encode(context), self._control("<solution>")]
 
-    def chat(self, user: str, thinking: bool) -> list[int]:
-        """One user turn up to where the assistant goes on; without `thinking` its thought is there, empty."""
+    def chat(self, user: str, thought: str | None = None) -> list[int]:
+        """One user turn up to where the assistant goes on, after a closed `thought` if the model can think."""
         start, end = self._control("<|im_start|>"), self._control("<|im_end|>")
-        return [start, *self.encode(f"user\n{user}"), end, *self.encode("\n"),
-                start, *self.encode("assistant\n"),
-                *self._thought("\n\n" if not thinking and self.think_end is not None else None)]
-
-    def _thought(self, text: str | None) -> list[int]:
-        if text is None:
-            return []
-        return [self._control("<think>"), *self.encode(text), self.think_end, *self.encode("\n\n")]
+        ids = [start, *self.encode(f"user\n{user}"), end, *self.encode("\n"), start,
+               *self.encode("assistant\n")]
+        if thought is not None and self.think_end is not None:
+            ids += [self._control("<think>"), *self.encode(thought), self.think_end, *self.encode("\n\n")]
+        return ids
 
     def _control(self, token: str) -> int:
         if (found := self.fast.token_to_id(token)) is None:

@@ -78,9 +78,9 @@ def ids_of(tokenizer, names):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompts_are_those_of_qwen3s_template(qwen3, plain, text):
-    assert qwen3.chat(text, thinking=False) == rendered(qwen3, text, enable_thinking=False)
-    assert qwen3.chat(text, thinking=True) == rendered(qwen3, text, enable_thinking=True)
-    assert plain.chat(text, thinking=False) == plain.chat(text, thinking=True) == rendered(plain, text)
+    assert qwen3.chat(text, thought="\n\n") == rendered(qwen3, text, enable_thinking=False)
+    assert qwen3.chat(text) == rendered(qwen3, text, enable_thinking=True)
+    assert plain.chat(text, thought="\n\n") == plain.chat(text) == rendered(plain, text)
     user = f"{text}\n\n{INSTRUCTION}"
     assert qwen3.student_prompt(text) == rendered(qwen3, user, enable_thinking=False)
     assert plain.student_prompt(text) == rendered(plain, user)

@@ -134,8 +134,8 @@ class Characters:
     """A tokenizer of one id per character, from 10 on, beside control tokens that decode to nothing."""
     eos, think_start, think_end = EOS, THINK_START, THINK_END
 
-    def chat(self, user, thinking):
-        return [3 + thinking, *(ord(c) + 10 for c in user)]
+    def chat(self, user, thought=None):
+        return [4 if thought is None else 3, *(ord(c) + 10 for c in user)]
 
     def decode(self, ids):
         return "".join(chr(i - 10) for i in ids if i >= 10)
@@ -209,12 +209,11 @@ def test_without_thinking_the_whole_answer_counts(local, monkeypatch):
     local.answers["p"] = [*ids(RIGHT), 1]
     monkeypatch.setattr(Characters, "think_end", None)                      # a model that knows no thoughts
     assert local.make().batch(problems("p"), [WRONG], [False])[0].case == "D"
-    assert [prompts[0][0] for prompts in local.calls] == [3]
 
 
 def test_a_prompt_beyond_the_models_positions_is_malformed_not_shortened(local):
     local.answers["p"] = [THINK_END, *ids(RIGHT), 1]
-    fits = 9_500 - len(Characters().chat(prompt(problems("p")[0], "", False), True))
+    fits = 9_500 - len(Characters().chat(prompt(problems("p")[0], "", False)))
     texts = ["x" * fits, "x" * (fits + 1), WRONG]
     critiques = local.make().batch(problems("p", "p", "p"), texts, [False] * 3)
     assert [c.malformed for c in critiques] == ["", "prompt too long", ""]
