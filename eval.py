@@ -4,7 +4,7 @@
     python eval.py runs/ref-seed0/best  after
     python eval.py runs/ref-seed*/best  several seeds: each, then mean and standard deviation over them
     python eval.py --context critique   the self-teacher: the same solver, shown a critique of its own rollout
-    python eval.py Qwen3-1.7B --test test.jsonl --dtype bfloat16 --sample-batch 32
+    python eval.py Qwen3-1.7B --test test.jsonl
 """
 import argparse
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from sd import UserError, command
-from sd.checkpoint import EMBEDDED, load, write_atomic
-from sd.config import check_sampling, new_tokens, pick_device, sampling_options
+from sd.checkpoint import EMBEDDED, load, read_config, write_atomic
+from sd.config import check_sampling, pick_device, sampling_options, sizes
 from sd.metrics import evaluate
 from sd.problems import embedded, read_problems
 
@@ -35,6 +35,8 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
     check_sampling(parser, args)
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json} is a folder; name a file")
     if args.test and args.split != "test":
         parser.error("--split names embedded problems, so it does not go with --test")
     return args
@@ -47,8 +49,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     problems = read_problems(args.test) if args.test else embedded(args.split)
     if args.context == "ref" and (without := sum(not p.solution for p in problems)):
         raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution to show")
-    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, new_tokens(args, tokenizer),
-                      args.seed, args.context, rows=args.sample_batch, compile=args.compile).summary()
+    tokens, rows = sizes(args, tokenizer)
+    result = evaluate(model, tokenizer, problems, args.samples, args.temperature, tokens, args.seed,
+                      args.context, rows=rows, compile=args.compile).summary()
     data = str(args.test or args.split)
     result = {"folder": str(folder), "split": data, "context": args.context, "seed": args.seed,
               "temperature": args.temperature, **result, "seconds": round(time.time() - start, 1)}
@@ -71,6 +74,8 @@ def metric_names(samples: int) -> list[str]:
 @command("eval.py", __doc__)
 def main(parser) -> None:
     args = parse_args(parser)
+    for folder in args.folders:
+        read_config(folder)                     # a wrong one is told before the others are measured
     results = [measure(folder, args) for folder in args.folders]
     if len(results) > 1:
         print(f"mean ± standard deviation over {len(results)} checkpoints")
@@ -79,6 +84,7 @@ def main(parser) -> None:
             print(f"  {name.capitalize():8s} {statistics.mean(means):6.2f} ± {statistics.stdev(means):.2f}")
     if args.json:
         write_atomic(args.json, json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
+        print(f"written: {args.json}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Read `train` top to bottom: sample, feedback, loss, step, log.
 import math
 import os
 import random
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -84,7 +86,7 @@ def open_critic(config: Config, student, teacher: Teacher, tokenizer: Tokenizer,
 def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> None:
     student, tokenizer = load(config.model or EMBEDDED, config.torch_dtype, ranks.device)
     if config.lora_rank:
-        add_lora(student, config.lora_rank, config.lora_alpha, config.seed)
+        add_lora(student, config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.seed)
     student.recompute = config.recompute
     # grpo asks no teacher; "live" copies nothing
     teacher = Teacher("live" if config.cond == "grpo" else config.teacher, student, config.ema_decay)
@@ -104,6 +106,9 @@ def train(config: Config, run: RunFolder, ranks: Ranks, signals: Signals) -> Non
                         "start fewer")
     begin = run.begin(student, optimizer, teacher, steps, problems + validation)
     group = config.rollouts_per_problem
+    if tokenizer.chat_model and not config.data:
+        run.say("note: without --data, this chat model trains on the embedded problems, such as "
+                f"{problems[0].problem}; --preset paper has the options for one")
 
     for step in range(begin, steps + 1):
         if (step % config.eval_every == 0 or step == steps) and run.evaluated_at != step:
@@ -187,37 +192,40 @@ def guarded(signals: Signals) -> int:
     """Trains; however it ends, keeps what there is and says how in one sentence. Returns the exit status."""
     run, ranks, status, message = None, None, 0, ""
     try:
-        config, args = parse_config(__doc__.split("\n")[0])
+        config, args = parse_config(__doc__)
         if args.plan is not None:
-            print(plan(config, args.plan))
+            with suppress(BrokenPipeError):             # `… --plan | head`
+                print(plan(config, args.plan), flush=True)
             return 0
         ranks = Ranks(config.torch_device)
         run = RunFolder(config, ranks, args.resume)
         train(config, run, ranks, signals)
-        message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}; "
-                   f"now on the test problems:\n  python eval.py {run.path}/best" +
+        rows = max(1, config.sample_batch * config.torch_dtype.itemsize // 4)   # best/ is in float32
+        message = (f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}, at step "
+                   f"{run.best_at}{'' if run.best_at else ', before training'}; "
+                   f"curves: {run.path}/report.html\n"
+                   f"now on the test problems:\n  python eval.py {shlex.quote(f'{run.path}/best')}" +
                    (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} --temperature "
-                    f"{config.temperature} --sample-batch {config.sample_batch}" if config.data else ""))
+                    f"{config.temperature} --sample-batch {rows}" if config.data else ""))
     except UserError as error:
         status, message = 2, f"train.py: {error}"
     except FloatingPointError as error:
         status, message = 1, f"train.py: {error}"
     except Lost as error:
-        status, message = 1, (f"train.py: {error}; go on with: python train.py --resume {run.path}"
-                              if run else "")
+        status, message = 1, f"train.py: {error}; {run.go_on}" if run else ""
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         status = 1
         message = (f"train.py: out of memory after step {run.done if run else 0} ({str(error)[:200]!r}). "
                    f"--plan says:\n{plan(config)}\n" +
-                   (f"then go on with: python train.py --resume {run.path} "
+                   (f"then {run.go_on} "
                     f"--micro-batch {max(1, config.micro_batch // 2)} "
                     f"--sample-batch {max(1, config.sample_batch // 2)}" if run else ""))
     except Stop as stop:
         status, message = 128 + stop.number, f"stopped after step {run.done if run else 0}"
         if run and run.student is not None:
-            message += f"; go on with: python train.py --resume {run.path}"
+            message += f"; {run.go_on}"
     try:
         if run is not None:
             with signals.shielded():

@@ -33,7 +33,7 @@ from sd import UserError, command, losses
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import CHUNK, completion_hidden, feedback
-from sd.config import Config, check_sampling, new_tokens, pick_device, sampling_options
+from sd.config import Config, check_sampling, pick_device, sampling_options, sizes
 from sd.critic import QUOTING, Critic, SymbolicCritic
 from sd.model import Transformer
 from sd.problems import Problem, embedded, read_problems
@@ -44,7 +44,7 @@ from sd.steps import TAGS, Step, Trace, parse, token_span
 from sd.tokenizer import Tokenizer
 
 KINDS, MASS = (("correct steps before", "wrong step up to error", "first wrong token", "after it"),
-               "A<0 on wrong step")
+               "A<0: share on wrong step")
 LINEAR = 0.1            # figures are linear near 0, logarithmic beyond: A_t goes from +0.1 to below -10
 SHOWN = 12              # rollouts on the page
 MICRO = 16              # rollouts read at once
@@ -301,7 +301,7 @@ def main(parser) -> None:
     if tokenizer.fast.to_str() != other.fast.to_str():
         raise UserError(f"{args.teacher}: its tokenizer.json is not that of {args.folder}")
     problems = (read_problems(args.data) if args.data else embedded(args.split))[:args.problems]
-    args.max_new_tokens = new_tokens(args, tokenizer)
+    args.max_new_tokens, args.sample_batch = sizes(args, tokenizer)
     if args.critic == "symbolic":
         critics = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
     else:
@@ -320,15 +320,14 @@ def main(parser) -> None:
     facts |= {"problems": len(problems), "wrong": len(rows), "split": str(args.data or args.split)}
     for name in ("folder", "teacher"):
         facts[name] = "the embedded solver" if facts[name] == EMBEDDED else str(facts[name])
-    print("{folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, "
+    print("student {folder}, teacher {teacher}: {wrong} wrong rollouts of {problems} {split} problems, "
           "{samples} rollouts each\nmean A_t [95 % interval], share of tokens below -0.5".format(**facts))
     print(table(summary))
-    if args.json:
-        write_atomic(args.json, json.dumps(facts | {"contexts": summary}, indent=1) + "\n")
-    if args.html:
-        write_atomic(args.html, page(rows, summary, facts))
-    if args.svg:
-        write_atomic(args.svg, figure(summary))
+    for file, text in ((args.json, lambda: json.dumps(facts | {"contexts": summary}, indent=1) + "\n"),
+                       (args.html, lambda: page(rows, summary, facts)), (args.svg, lambda: figure(summary))):
+        if file:
+            write_atomic(file, text())
+            print(f"written: {file}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-                        "free some space, fix the permissions or choose another --out") from None
+                        "free some space, fix the permissions or choose another place") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -69,8 +69,11 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a checkpoint folder (no config.json in it); models are not looked up "
-                        "by name, download them first") from None
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{folder}: is an adapter alone; take the checkpoint {folder.parent}") from None
+        problem = "not a checkpoint folder (no config.json in it)" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {problem}; models are not looked up by name, "
+                        "download them first") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
     if (folder / "best/config.json").exists():

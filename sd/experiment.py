@@ -186,8 +186,10 @@ def table(result: dict) -> str:
     for name, arm in result["arms"].items():
         lines.append(f"| {name} | {' | '.join(spread(arm[key]) for key in columns)} | {arm['length']:.1f} | "
                      f"{arm['rollouts']:,} | {arm['seconds']:.0f} |")
-    lines += ["", f"{result['seeds']} seeds, mean ± standard deviation; test problems, checkpoint chosen "
-              "on validation.", "", "| difference in Avg@12 | mean | 95 % interval |", "|---|---|---|"]
+    over = "seeds and problems" if result["seeds"] > 1 else "problems alone"
+    lines += ["", f"{result['seeds']} seeds, mean ± standard deviation; test problems, checkpoint chosen on "
+              f"validation; intervals over {over}.", "", "| difference in Avg@12 | mean | 95 % interval |",
+              "|---|---|---|"]
     lines += [f"| {name} | {mean:+.1f} | {low:+.1f} to {high:+.1f} |"
               for name, (mean, low, high) in result["differences in avg@12"].items()]
     if any("best checkpoint per metric" in arm for arm in result["arms"].values()):
@@ -273,6 +275,8 @@ def main(parser) -> None:
     extra += ["--keep"] if args.optimistic else []
     for arm in options.values():
         parse_config("", [*arm, *extra])                # a wrong option is reported once, and now
+    print(f"{args.name}: {len(options) * args.seeds} runs, {args.jobs} at a time, to {out.parent}/runs; "
+          "the same command, if stopped, goes on", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {(name, seed): pool.submit(run, out.parent / "runs", [*arm, "--seed", str(seed), *extra])
                 for seed in range(args.seeds) for name, arm in options.items()}

@@ -22,7 +22,7 @@ import torch
 from sd import UserError, command
 from sd.answers import equal, final_answer
 from sd.checkpoint import EMBEDDED, load, write_atomic
-from sd.config import check_sampling, new_tokens, pick_device, sampling_options
+from sd.config import check_sampling, pick_device, sampling_options, sizes
 from sd.problems import Problem, check_lengths, read_problems
 from sd.sampling import sample, uniforms
 
@@ -32,14 +32,18 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
     parser.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     parser.add_argument("--out", type=Path, required=True, help="where the kept problems go, JSONL")
-    sampling_options(parser, samples=16, sample_batch=64)
+    sampling_options(parser, samples=16)
     parser.add_argument("--max-correct", type=int, help="keep a problem with at most this many right "
                         "rollouts (default: a quarter of --samples)")
     parser.add_argument("--min-correct", type=int, default=0,
                         help="and at least this many; above 0, what a critic can solve (default: 0)")
+    parser.add_argument("--enough", type=int, default=0, metavar="N",
+                        help="stop when N problems are kept (default 0: try all)")
     args = parser.parse_args()
     check_sampling(parser, args)
     args.max_correct = args.samples // 4 if args.max_correct is None else args.max_correct
+    if not 0 <= args.min_correct <= args.max_correct:
+        parser.error("--min-correct must be 0 or more and at most --max-correct")
     if args.out.resolve() == args.data.resolve():
         parser.error("--out must not be --data")
     return args
@@ -78,7 +82,7 @@ def main(parser) -> None:
     if len(problems) < len(rows):
         print(f"{len(rows) - len(problems)} of {len(rows)} are copies of others and left out", flush=True)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    args.max_new_tokens = new_tokens(args, tokenizer)
+    args.max_new_tokens, args.sample_batch = sizes(args, tokenizer)
     counted = ("model", "data", "samples", "temperature", "max_new_tokens", "seed", "dtype")
     check_lengths(problems, [tokenizer.student_prompt(p.problem) for p in problems],
                   model.config.max_position_embeddings - args.max_new_tokens)
@@ -87,9 +91,12 @@ def main(parser) -> None:
     counts = known_counts(path, settings)
     if not counts:
         write_atomic(path, json.dumps(settings) + "\n")
+    print(f"counts go to {path}; the same command, if stopped, goes on from there", flush=True)
     todo, per_call = [p for p in problems if key(p) not in counts], max(1, args.sample_batch // args.samples)
-    kept = lambda count: args.min_correct <= count <= args.max_correct
+    kept = lambda: [p for p in problems if args.min_correct <= counts.get(key(p), -1) <= args.max_correct]
     for at in range(0, len(todo), per_call):
+        if args.enough and len(kept()) >= args.enough:
+            break
         part = todo[at:at + per_call]
         prompts = [tokenizer.student_prompt(p.problem) for p in part]
         noise = [uniforms(args.samples, args.max_new_tokens, args.seed, "filter", p.id) for p in part]
@@ -105,9 +112,9 @@ def main(parser) -> None:
             file.flush()
             os.fsync(file.fileno())
         done, seconds = at + len(part), time.time() - start
-        print(f"{len(problems) - len(todo) + done} of {len(problems)}  kept {sum(map(kept, counts.values()))}"
+        print(f"{len(problems) - len(todo) + done} of {len(problems)}  kept {len(kept())}"
               f"  {seconds:.0f} s, {seconds / done * (len(todo) - done):.0f} s left", flush=True)
-    hard = [p for p in problems if kept(counts[key(p)])]
+    hard = kept()[:args.enough or None]
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
-    print(f"{args.out}: {len(hard)} of {len(problems)} problems, "
+    print(f"written: {args.out}, {len(hard)} of {len(problems)} problems, "
           f"with {args.min_correct} to {args.max_correct} right of {args.samples}")

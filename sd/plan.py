@@ -19,6 +19,11 @@ from sd.model import ModelConfig, Transformer
 from sd.problems import embedded, read_problems
 
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size
+SMALLER = {"phase: sampling, key/value cache": "lower --sample-batch",
+           "phase: the critic's key/value cache": "lower --sample-batch or --critic-tokens",
+           "phase: training, activations and logits": "lower --micro-batch or use --recompute",
+           "phase: the teacher's forward pass": "lower --micro-batch",
+           "phase: step and checkpoint": "it depends on the model and --lora-rank alone"}
 GIB = 2 ** 30
 CARDS = {"24 GB with 165 TFLOP/s, 1.0 TB/s": (165e12, 1.0e12),
          "80 GB with 990 TFLOP/s, 3.35 TB/s": (990e12, 3.35e12)}
@@ -112,9 +117,11 @@ def needs(config: Config, ranks: int = 1) -> dict[str, float]:
     rows = min(config.micro_batch, rollouts)
     kept, passing = activations(shape, rows * (PROMPT + new), size, config.lora_rank, config.recompute)
     logits = 4 * V * min(max(1, CHUNK // V), rows * new)
-    alive = ALIVE[config.divergence] + bool(config.term_clamp) if distilled else ALIVE["grpo"]
+    alive = ALIVE.get(config.divergence, 13) + bool(config.term_clamp) if distilled else ALIVE["grpo"]
     logits = max(alive * logits,
                  3 * logits + (0 if config.lora_rank else 4 * V * C))           # the projection's gradient
+    if config.compile and not cpu:
+        out["the compiled loss"], logits = logits, 0                           # CUDA graphs keep their memory
     out["phase: training, activations and logits"] = kept + max(logits, passing) + 4 * rows * new * C * size
     if distilled:
         out["phase: the teacher's forward pass"] = forward(shape, rows * (PROMPT + 2 * new), size)
@@ -183,15 +190,17 @@ def peak(parts: dict[str, float]) -> float:
 def plan(config: Config, gib: float = 0) -> str:
     """A table for people; `gib` 0: no verdict on the fit. Raises UserError without a readable config.json."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    parts = needs(config, ranks)
-    lines = [f"per device, with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
+    parts, model = needs(config, ranks), Path(config.model or EMBEDDED)
+    lines = [f"{model.name}, {parameters(read_config(model))[0] / 1e6:,.1f} million weights; per device, "
+             f"with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
     lines += [f"  {name:44s} {size / GIB:8.2f} GiB" for name, size in parts.items()]
     verdict = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
     lines.append(f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB" +
                  (f": {verdict} {gib:g} GiB, a tenth kept free" if gib else ""))
     if verdict != "fits":
-        lines.append("lower --micro-batch or --sample-batch, use --recompute, "
-                     "or --dtype bfloat16 with --lora-rank")
+        largest = max((name for name in parts if name.startswith("phase: ")), key=parts.get)
+        lines.append(f"the largest {largest}: {SMALLER[largest]}" +
+                     ("" if config.lora_rank else "; or train an adapter, --lora-rank 64 --dtype bfloat16"))
     on_cuda = (config.device or config.torch_device.type).startswith("cuda")
     steps, validation = counts(config)
     lines.append(

@@ -81,10 +81,12 @@ def read_curves(path: Path) -> dict:
 def read_run(folder: Path) -> dict:
     """Everything that the page shows of one run. Raises UserError if the folder is not a run's."""
     path, log, first, last = folder / "config.json", folder / "rollouts.jsonl", [], []
+    if not path.exists():
+        raise UserError(f"{folder}: is not the folder of a run; give folders such as runs/ref-seed0")
     try:
         config = strict(path.read_bytes())
         if not isinstance(config, dict) or not isinstance(config.get("cond"), str):
-            raise ValueError('it has no "cond"')
+            raise ValueError('it has no "cond"; a checkpoint\'s run is the folder above it')
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no config of a run "
                         f"({str(getattr(error, 'strerror', 0) or error)[:100]})") from None

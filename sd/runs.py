@@ -1,18 +1,21 @@
 """The run folder: all that a run writes and prints, and the state to resume from as if it had never stopped.
 
-    config.json  metrics.jsonl (a line per step)  rollouts.jsonl (samples)
+    config.json  metrics.jsonl (a line per step and per evaluation)  rollouts.jsonl (samples)
     best/ (by validation)  last/  state-N.safetensors
 
 The state holds what the next step depends on and the other files lack: the trained weights, AdamW's moments,
 the ema teacher, the best score, and how long the two logs were (a resumed run cuts off what was written
 later). Random numbers need no state: they are made from the seed and the step. Two states are kept, each
-with a checksum; the older one serves if the newer is damaged.
+with a checksum; the older one serves if the newer is damaged. One process at a time may write a run.
 """
+import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -93,7 +96,7 @@ class RunFolder:
         self.path = Path(next(p for p in ranks.gather([str(path) if path else None]) if p))
         self.config = config if self.resume else replace(config, out=str(self.path))
         self.source = Path(config.model or EMBEDDED)
-        self.best, self.done, self.evaluated_at, self.student = -1.0, 0, -1, None
+        self.best, self.best_at, self.done, self.evaluated_at, self.student = -1.0, 0, 0, -1, None
         self.started = self.saved = time.time()
 
     def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
@@ -105,6 +108,8 @@ class RunFolder:
         self.data = hashlib.sha256(json.dumps([asdict(p) for p in problems]).encode()).hexdigest()
         self.ema = dict(teacher.model.named_parameters()) if teacher.kind == "ema" else {}
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if self.writes:
+            self._claim()
         if self.resume:
             self._load_state()
         if self.writes:                     # on resuming too: memory and speed options may be new
@@ -112,17 +117,37 @@ class RunFolder:
         if not self.resume:
             self._save_state()              # the first evaluation may be long, and the run may end during it
         self.student = student              # not before: what `close` writes must be this run's
-        self._say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
+        self.say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                   f"{self.config.rollouts_per_problem} rollouts, to {self.path}" +
                   (f", from step {self.done}" if self.resume else ""))
         return self.done
+
+    @property
+    def go_on(self) -> str:
+        """The command that resumes this run."""
+        return f"go on with: python train.py --resume {shlex.quote(str(self.path))}"
+
+    def _claim(self) -> None:
+        """Makes the folder, unless to resume, and locks it while this object lives. Raises UserError."""
+        try:
+            if not self.resume:
+                self.path.mkdir(parents=True)
+            folder = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, folder)        # which unlocks; so does the end of the process
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError):
+            raise UserError(f"{self.path}: another process is writing this run; "
+                            "wait for its end, or choose another --out") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); "
+                            "fix the permissions or choose another --out") from None
 
     def stepped(self, step: int, numbers: dict, samples: list[dict]) -> None:
         self.done, seconds = step, time.time() - self.started
         self._append("metrics.jsonl", [{"step": step, **numbers, "seconds": round(seconds, 2)}])
         self._append("rollouts.jsonl", [{"step": step, **row} for row in samples])
         n = numbers
-        self._say(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  "
+        self.say(f"step {step:4d}/{self.steps}  loss {n['loss']:8.4f}  reward {n['reward']:5.3f}  "
                   f"entropy {n['entropy']:.3f}  length {n['length']:5.1f}  truncated {n['truncated']:5.1%}  "
                   f"rollouts {n['rollouts']:6d}  {seconds:6.1f} s, "
                   f"{seconds / step * (self.steps - step):5.1f} s left" +
@@ -136,10 +161,10 @@ class RunFolder:
         self._append("metrics.jsonl", [{
             "step": step, f"val_avg@{k}": avg, "val_length": scores.lengths.mean(),
             "val_truncated": scores.truncated.mean(), "seconds": round(time.time() - self.started, 2)}])
-        self._say(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}"
+        self.say(f"step {step:4d}/{self.steps}  validation Avg@{k} {avg:5.2f}"
                   f"{'  best so far' if better else ''}")
         if better:
-            self.best = scores.avg.mean()
+            self.best, self.best_at = scores.avg.mean(), step
             self._checkpoint("best", step=step, val_avg=avg)
         if self.config.keep:
             self._checkpoint(f"step-{step}", step=step, val_avg=avg)
@@ -161,7 +186,7 @@ class RunFolder:
             save_model(self.path / name, plain_weights(self.student), self.source, **facts)
             save_adapter(self.path / name, self.student, str(self.source))
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.writes:
             with suppress(BrokenPipeError):         # `train.py … | head`: the run goes on
                 print(text, flush=True)
@@ -173,7 +198,7 @@ class RunFolder:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); free some space, "
-                            f"then continue with --resume {self.path}") from None
+                            f"then {self.go_on}") from None
 
     def _state(self) -> dict[str, torch.Tensor]:
         tensors = {f"student.{name}": p for name, p in self.trained.items()}
@@ -189,8 +214,8 @@ class RunFolder:
         logs = {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0
                 for name in ("metrics.jsonl", "rollouts.jsonl")}
         tensors = self._state()
-        facts = {"step": self.done, "best": float(self.best), "evaluated_at": self.evaluated_at, "logs": logs,
-                 "seconds": time.time() - self.started, "data": self.data}
+        facts = {"step": self.done, "best": float(self.best), "best_at": self.best_at, "logs": logs,
+                 "evaluated_at": self.evaluated_at, "seconds": time.time() - self.started, "data": self.data}
         facts["sha256"] = checksum(tensors, facts)
         with atomic(self.path / f"state-{self.done}.safetensors") as temporary:
             save_file(tensors, temporary, {"run": json.dumps(facts)})
@@ -215,7 +240,7 @@ class RunFolder:
                     raise ValueError("its checksum is wrong")
                 break
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-                self._say(f"{path}: damaged ({error}); looking for the state before it")
+                self.say(f"{path}: damaged ({error}); looking for the state before it")
                 damaged.append(path)
         else:
             raise UserError(f"{self.path}: has no intact state-N.safetensors to resume from")
@@ -235,7 +260,8 @@ class RunFolder:
                         self.ema[name].copy_(tensors[f"teacher.{name}"])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{path}: is not a state of --model {self.source} ({str(error)[:200]})") from None
-        self.done, self.best, self.evaluated_at = facts["step"], facts["best"], facts["evaluated_at"]
+        self.done, self.best, self.best_at, self.evaluated_at = (
+            facts[name] for name in ("step", "best", "best_at", "evaluated_at"))
         self.started = time.time() - facts["seconds"]
         if not self.writes:
             return

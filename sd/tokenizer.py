@@ -105,7 +105,7 @@ class Tokenizer:
                 *self.encode(context), self._control("<solution>")]
 
     def chat(self, user: str, thought: str | None = None) -> list[int]:
-        """One user turn up to where the assistant goes on, after a closed `thought` if the model can think."""
+        """A user turn up to where the assistant goes on: after a closed `thought`, if the model can think."""
         start, end = self._control("<|im_start|>"), self._control("<|im_end|>")
         ids = [start, *self.encode(f"user\n{user}"), end, *self.encode("\n"), start,
                *self.encode("assistant\n")]

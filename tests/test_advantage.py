@@ -394,7 +394,9 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
         assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
     assert json.loads(data_of(files[1].read_text()))["summary"] == numbers["contexts"]
     assert figure(numbers["contexts"]) == files[2].read_text()
-    assert run(capsys, monkeypatch, *options)[1] == out             # the seed determines it
+    table, *written = out.rpartition("]\n")
+    assert written[1].splitlines() == [f"written: {f}" for f in files]
+    assert run(capsys, monkeypatch, *options)[1] == table + "]\n"       # the seed determines it
 
 
 def test_problems_of_ones_own_and_a_critic_behind_a_server(capsys, monkeypatch, tmp_path):

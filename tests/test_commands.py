@@ -190,7 +190,7 @@ def test_eval_of_several_checkpoints_gives_mean_and_spread(runs, here, tmp_path)
 
 
 @pytest.mark.parametrize("name, fact", [
-    ("missing folder", "no config.json"), ("no config", "no config.json"), ("no tokenizer", "tokenizer.json"),
+    ("missing folder", "no such folder"), ("no config", "no config.json"), ("no tokenizer", "tokenizer.json"),
     ("heads", "num_key_value_heads"), ("scaled positions", "rotary"), ("epsilon", "rms_norm_eps"),
     ("truncated", "model.safetensors"), ("wrong shape", "model.norm.weight"),
     ("missing tensor", "model.norm.weight"),
@@ -222,8 +222,9 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
     (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
-    (["train.py", "--preset", "paper", "--cond", "ref"], "and --model"),
-    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/assets"], "needs --data and --val"),
+    (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
+    (["train.py", "--preset", "paper", "--cond", "ref", "--plan"], "needs --model"),
+    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/assets"], "--data and --val"),
     (["eval.py", "--split", "val", "--test", "sd/assets/val.jsonl"], "--split"),
     (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),

@@ -129,5 +129,5 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_sampled(fold
         (tmp_path / "locked").mkdir(mode=0o555)
         folder = tmp_path / folder
     code, text = here(*SHORT, "--out", folder)
-    assert code == 2 and text.startswith(f"train.py: {folder}/config.json: cannot be written") \
+    assert code == 2 and text.startswith(f"train.py: {folder}: cannot be written") \
         and text.count("\n") == 1

@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path):
     (tmp_path / "hard.jsonl").unlink()
     status, shown, _ = run()
     assert status == 0 and (tmp_path / "hard.jsonl").read_bytes() == whole
-    assert shown.startswith("7 of 12") and counts.read_text().split("\n") == lines
+    assert "\n7 of 12" in shown and counts.read_text().split("\n") == lines
 
 
 def test_a_changed_problem_is_counted_anew_though_its_id_stays(run, tmp_path):
@@ -95,3 +95,16 @@ def test_copies_of_a_problem_are_sampled_and_kept_once(run, tmp_path, monkeypatc
     status, shown, _ = run("--data", str(tmp_path / "all.jsonl"), "--max-correct", "8")
     assert status == 0 and "3 of 6 are copies" in shown and "3 of 3  kept 3" in shown
     assert [p.id for p in read_problems(tmp_path / "hard.jsonl")] == ["0", "1", "2"]
+
+
+def test_it_stops_when_enough_are_kept(run, tmp_path):
+    assert run("--max-correct", "8", "--enough", "3")[0] == 0          # two at a time: four were tried
+    assert [p.id for p in read_problems(tmp_path / "hard.jsonl")] == [p.id for p in embedded("val")[:3]]
+    assert len((tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()) == 1 + 4
+    assert run("--max-correct", "8")[0] == 0                            # and on
+    assert len(read_problems(tmp_path / "hard.jsonl")) == 12
+
+
+def test_bounds_that_keep_nothing_are_refused(run):
+    with pytest.raises(SystemExit):
+        run("--min-correct", "3", "--max-correct", "2")

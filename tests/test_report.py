@@ -127,8 +127,8 @@ def test_steps_are_in_order_and_the_later_row_of_a_step_counts(tmp_path):
 
 
 BROKEN = {      # name -> what breaks a run, the facts that its one sentence tells
-    "absent": (shutil.rmtree, ["config.json"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
+    "absent": (shutil.rmtree, ["is not the folder of a run"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["is not the folder of a run"]),
     "config of something else": (lambda f: (f / "config.json").write_text('{"vocab_size": 3}'),
                                  ["config.json", "cond"]),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json"]),

@@ -1,4 +1,5 @@
 """Runs that are killed, stopped or damaged go on: to the numbers of a run that never stopped, bit for bit."""
+import fcntl
 import json
 import os
 import random
@@ -94,6 +95,20 @@ def test_a_run_that_is_done_resumes_to_the_same(trainer, whole, tmp_path):
     assert_same(tmp_path / "run", whole[0] / "plain")
 
 
+def test_two_processes_never_write_one_run(whole, tmp_path, here):
+    """Both wrote: the log had its steps twice, or lost those of the run that was still going."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "plain", out)
+    before = (out / "metrics.jsonl").read_bytes()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    code, text = here("--resume", out)
+    assert code == 2 and "another process is writing this run" in text and text.count("\n") == 1
+    assert (out / "metrics.jsonl").read_bytes() == before
+    os.close(other)
+    assert here("--resume", out)[0] == 0
+
+
 def flip(path, at, bits=0x10):
     data = bytearray(path.read_bytes())
     data[at] ^= bits
@@ -152,7 +167,8 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(whole, tmp_path, capsys, open_ru
     shutil.copytree(whole[0] / "lora", out)
     newest = out / f"state-{STEPS}.safetensors"
     good, (run, step) = newest.read_bytes(), open_run(out)
-    state, facts, header = run._state(), (run.best, run.evaluated_at), 8 + int.from_bytes(good[:8], "little")
+    state, facts = run._state(), (run.best, run.best_at, run.evaluated_at)
+    header = 8 + int.from_bytes(good[:8], "little")
     assert step == STEPS
     numbers = [at for at in range(good.index(b"__metadata__"), good.index(b"sha256"))
                if good[at:at + 1].isdigit()]
@@ -160,11 +176,12 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(whole, tmp_path, capsys, open_ru
                *rng.sample(range(header, len(good)), 5)]:
         newest.write_bytes(good)
         flip(newest, at, 1 if at in numbers else 1 << rng.randrange(8))
+        run = None                                      # which unlocks the folder
         run, step = open_run(out)
         told = "damaged" in capsys.readouterr().out
         assert (step == STEPS - 2) == told and told >= (at in numbers), at
         if not told:                                    # in what is not read, such as a space
-            assert step == STEPS and (run.best, run.evaluated_at) == facts
+            assert step == STEPS and (run.best, run.best_at, run.evaluated_at) == facts
             assert all(torch.equal(t, state[name]) for name, t in run._state().items())
 
 
@@ -220,7 +237,7 @@ def test_a_state_of_another_model_is_refused(whole, tmp_path, here):
                                   ["--dtype", "float32"]])
 def test_other_options_beside_resume_are_refused(whole, here, args):
     code, text = here("--resume", whole[0] / "plain", *args)
-    assert code == 2 and "--resume goes on with the options of the run" in text
+    assert code == 2 and "--resume keeps the run's options" in text
 
 
 def test_a_run_goes_on_with_other_options_of_memory_to_the_same_numbers(trainer, whole, tmp_path):
