@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from sd import UserError, command, conditions, losses
-from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.checkpoint import EMBEDDED, load, read_config, write_atomic
 from sd.compile import fused
 from sd.conditions import CHUNK, Feedback, Teacher, accumulate
 from sd.config import Config, pick_device
@@ -213,6 +213,7 @@ def main(parser, argv: list[str] | None = None) -> None:
     if args.part:
         print(json.dumps(measure(args, args.part)))
         return
+    read_config(Path(args.model))               # a wrong folder is told before anything is measured
     if args.peer and not importlib.util.find_spec(args.peer):
         raise UserError(f"--peer {args.peer} is not installed here; pip install {args.peer}, or leave it out")
     names = ["machine"] + [n for n in PARTS[1:] if n in args.parts.split(",")]

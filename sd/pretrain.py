@@ -194,15 +194,11 @@ def main(parser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
-    parser.add_argument("--only", choices=("solver", "problems", "report"),
-                        help="run one stage only, on what --out already holds")
     args = parser.parse_args()
-    if args.only in (None, "solver"):
-        train_solver(args.out, args.seed, args.steps, args.width)
+    train_solver(args.out, args.seed, args.steps, args.width)
     model, tokenizer = load(args.out)
-    if args.only in (None, "problems"):
-        make_problems(args.out, model, tokenizer, args.seed)
-    for context in (None, "ref", "critique") if args.only != "solver" else ():
+    make_problems(args.out, model, tokenizer, args.seed)
+    for context in (None, "ref", "critique"):
         scores = evaluate(model, tokenizer, read_problems(args.out / "val.jsonl"), 4, Config.temperature,
                           Config.max_new_tokens, args.seed, context)
         print(f"validation problems, {context or 'no context':10s}  Avg@4 {100 * scores.avg.mean():5.1f}  "
