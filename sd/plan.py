@@ -191,8 +191,8 @@ def plan(config: Config, gib: float = 0) -> str:
     """A table for people; `gib` 0: no verdict on the fit. Raises UserError without a readable config.json."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts, weights = needs(config, ranks), parameters(read_config(Path(config.model or EMBEDDED)))[0]
-    lines = [f"{config.model or 'the embedded solver'}, {weights / 1e6:,.1f} million weights; per device, with "
-             f"rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
+    lines = [f"{config.model or 'the embedded solver'}, {weights / 1e6:,.1f} million weights; per device, "
+             f"with rollouts of {config.max_new_tokens} tokens and prompts of {PROMPT}:"]
     lines += [f"  {name:44s} {size / GIB:8.2f} GiB" for name, size in parts.items()]
     verdict = "fits" if 1.1 * peak(parts) <= gib * GIB else "does not fit"
     lines.append(f"  {'peak: what stays and the largest phase':44s} {peak(parts) / GIB:8.2f} GiB" +
