@@ -51,5 +51,5 @@ def test_a_peer_that_is_not_installed_is_told_in_one_sentence(monkeypatch, capsy
 
 def test_a_part_that_fails_says_why_in_one_line():
     args = type("Args", (), {"given": ["--model", "nowhere"]})
-    with pytest.raises(UserError, match="^generation: .*nowhere: not a checkpoint folder"):
+    with pytest.raises(UserError, match="^generation: .*nowhere: no such folder"):
         bench.in_a_process(args, "generation")
