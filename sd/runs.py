@@ -133,14 +133,17 @@ class RunFolder:
             if not self.resume:
                 self.path.mkdir(parents=True)
             folder = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, folder)        # which unlocks; so does the end of the process
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (FileExistsError, BlockingIOError):
-            raise UserError(f"{self.path}: another process is writing this run; "
-                            "wait for its end, or choose another --out") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); "
                             "fix the permissions or choose another --out") from None
+        weakref.finalize(self, os.close, folder)            # which unlocks; so does the end of the process
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing this run; wait for its end, "
+                            "or choose another --out") from None
+        except OSError:
+            pass                                            # a file system without locks
 
     def stepped(self, step: int, numbers: dict, samples: list[dict]) -> None:
         self.done, seconds = step, time.time() - self.started
