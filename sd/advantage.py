@@ -35,6 +35,7 @@ from sd.checkpoint import EMBEDDED, load, write_atomic
 from sd.conditions import CHUNK, completion_hidden, feedback
 from sd.config import Config, check_sampling, pick_device, sampling_options, sizes
 from sd.critic import QUOTING, Critic, SymbolicCritic
+from sd.metrics import bootstrap
 from sd.model import Transformer
 from sd.problems import Problem, embedded, read_problems
 from sd.report import script_json
@@ -83,11 +84,10 @@ def corrected(trace: Trace, wrong: int, critique: Trace) -> str | None:
     """
     if wrong == len(trace.steps):
         return critique.answer.text if critique.answer else None
-    at, steps = 0, critique.steps
+    rest = iter(critique.steps)
     for step in trace.steps[:wrong]:
-        same = (i + 1 for i in range(at, len(steps)) if words(steps[i].text) == words(step.text))
-        at = next(same, len(steps))
-    return steps[at].text if at < len(steps) else None
+        any(words(copy.text) == words(step.text) for copy in rest)      # takes all up to the copy
+    return next((step.text for step in rest), None)
 
 
 def locate(pieces: list[str], step: Step, right: str | None) -> tuple[int, int, int]:
@@ -179,18 +179,12 @@ def analyse(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, pr
     return look(student, teacher, tokenizer, *some, critics, temperature)
 
 
-def ratio(above: np.ndarray, below: np.ndarray, draws: int = 10_000, seed: int = 0) -> dict | None:
-    """sum(above) / sum(below) of sums per problem (P) with 95 % percentile interval; None if all below are 0.
-
-    A cluster bootstrap that resamples problems with all their tokens: a problem's rollouts share its facts
-    and their group, a rollout's tokens share its error, so resampling either would give too narrow intervals.
-    """
+def ratio(above: np.ndarray, below: np.ndarray, draws: int = 10_000) -> dict | None:
+    """sum(above) / sum(below) of sums per problem (P), with its 95 % interval; None if all below are 0."""
     if not below.any():
         return None
-    drawn = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))            # (draws, P)
-    with np.errstate(invalid="ignore"):                 # a draw may hold no token of a rare kind
-        low, high = np.nanquantile(above[drawn].sum(1) / below[drawn].sum(1), [0.025, 0.975])
-    return {"mean": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}
+    low, high = bootstrap(above, below, draws)  # of problems: their rollouts share facts, group and errors
+    return {"mean": float(above.sum() / below.sum()), "low": low, "high": high}
 
 
 def summarise(rows: list[Row]) -> dict[str, dict]:

@@ -55,11 +55,14 @@ def majority(answers: list[str | None], truth: str) -> float:
     return sum(equal(answer, truth) for answer in top) / len(top) if top else 0.0
 
 
-def bootstrap(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (P), resampling problems."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def bootstrap(values: np.ndarray, counts: np.ndarray | None = None,
+              draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval over problems of the mean of `values` (P), or of sum(values) / sum(counts)."""
+    counts = np.ones(len(values)) if counts is None else counts
+    drawn = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))             # (draws, P)
+    with np.errstate(invalid="ignore"):                 # a draw whose counts are all 0 is left out
+        low, high = np.nanquantile(values[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
