@@ -141,6 +141,18 @@ def test_equal_rewards_give_no_gradient_but_their_tokens_count():
     assert_same(run("grpo", student, None, Feedback([0.0] * len(PROMPTS))), (0, [0 * g for g in alone[1]]))
 
 
+def test_a_rollout_without_an_advantage_or_a_context_costs_nothing():
+    """It is not scored: a token outside the vocabulary, which no model can read, does no harm."""
+    student, teacher = tiny(0), Teacher("base", tiny(8), 0)
+    prompts, completions = [*PROMPTS, [5, 99]], [*COMPLETIONS, [4, EOS]]
+    for name, given in (("grpo", TOLD["grpo"].advantages), ("forward", TEACHER_PROMPTS)):
+        told = lambda last: (Feedback(advantages=[*given, last or 0.0]) if name == "grpo" else
+                             Feedback(teacher_prompts=[*given, last]))
+        run(name, student, teacher, told(None), prompts, completions)
+        with pytest.raises(IndexError):
+            run(name, student, teacher, told(1.0 if name == "grpo" else [5, 3]), prompts, completions)
+
+
 @pytest.mark.parametrize("name", ["grpo", "forward"])
 def test_the_end_of_a_sampled_rollout_is_learned(name):
     """If EOS is dropped from the rollout, or masked like a pad, the student never learns to stop."""

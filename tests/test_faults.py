@@ -120,6 +120,22 @@ def test_a_batch_without_one_critique_that_teaches_stops_the_run(tmp_path, here,
         and "step 1: all 8 critiques are malformed, the first one: cut off" in text.splitlines()[-1]
 
 
+def test_a_malformed_critique_is_counted_and_its_rollout_trains_nothing(tmp_path, here, monkeypatch):
+    """One usable critique in a batch of four: loss and gradient are those of a batch of its rollout alone."""
+    usable, numbers = SymbolicCritic.batch, {}
+    broken = lambda self, problems, *of: [c if i == 0 else Critique("", "", malformed="cut off")
+                                          for i, c in enumerate(usable(self, problems, *of))]
+    for size, batch in ((1, usable), (4, broken)):
+        monkeypatch.setattr(SymbolicCritic, "batch", batch)
+        code, text = here(*SHORT, "--batch", size, "--steps", 1, "--out", tmp_path / str(size))
+        assert code == 0, text
+        rows = map(json.loads, (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines())
+        numbers[size] = next(row for row in rows if "loss" in row)
+    for name in ("loss", "grad_norm"):
+        assert numbers[4][name] == pytest.approx(numbers[1][name], rel=1e-4) and numbers[1][name] > 0.01
+    assert [n["critique_malformed"] for n in numbers.values()] == [0, 3]
+
+
 @pytest.mark.parametrize("folder", ["/proc/run", "locked/run"])
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_sampled(folder, tmp_path, here):
     """/proc is one for everybody; permissions do not hold root off."""
