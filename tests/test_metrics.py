@@ -3,10 +3,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from sd.answers import final_answer
-from sd.metrics import bootstrap, majority, scores
+from sd import metrics
+from sd.checkpoint import load
+from sd.metrics import bootstrap, evaluate, majority, scores
 from sd.problems import Problem
+from sd.sampling import Rollouts, pad
 
 TEN = Problem("p", "5*2", "10")
 
@@ -29,10 +32,15 @@ def test_scores_of_one_problem(answers, avg, maj, passed):
     assert majority(answers, "10") == pytest.approx(maj)
 
 
-def test_a_truncated_answer_that_is_not_closed_does_not_count():
-    texts = [("<answer> 10 </answer>", False), ("<answer> 10", True), ("<answer> 10", False)]
-    result = scores([[final_answer(*t) for t in texts]], [TEN], np.ones((1, 3)), np.array([[0, 1, 0]]))
-    assert result.avg[0] == pytest.approx(2 / 3)
+def test_a_truncated_answer_that_is_not_closed_does_not_count(monkeypatch):
+    model, tokenizer = load()
+    rollouts = [tokenizer.encode(text) for text in ("<answer> 10 </answer>", "<answer> 10", "<answer> 10")]
+    lengths = torch.tensor(list(map(len, rollouts)))
+    fixed = Rollouts(pad(rollouts, "cpu"), lengths, torch.zeros(3, int(lengths.max())),
+                     torch.tensor([False, True, False]))
+    monkeypatch.setattr(metrics, "sample_in_parts", lambda *of: fixed)
+    result = evaluate(model, tokenizer, [TEN], 3, 1.0, 9, 0)
+    assert result.avg[0] == pytest.approx(2 / 3) and result.lengths.tolist() == [lengths.tolist()]
 
 
 def test_the_summary_is_in_percent_over_problems():
