@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from sd import UserError, command
-from sd.checkpoint import EMBEDDED, load, read_config, write_atomic
+from sd.llm.checkpoint import load, read_config, write_atomic
 from sd.config import check_sampling, pick_device, sampling_options, sizes
 from sd.metrics import evaluate
-from sd.problems import embedded, read_problems
+from sd.problems import EMBEDDED, embedded, read_problems
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

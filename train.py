@@ -19,19 +19,20 @@ import torch
 
 from sd import UserError, out_of_memory
 from sd.answers import equal, final_answer
-from sd.checkpoint import EMBEDDED, load
+from sd.llm.checkpoint import load
 from sd.conditions import Teacher, accumulate, feedback, initial_policy
 from sd.config import Config, parse_config
-from sd.critic import Critic, SymbolicCritic
-from sd.lora import add_lora
+from sd.critic import Critic
+from sd.task.symbolic import SymbolicCritic
+from sd.llm.lora import add_lora
 from sd.metrics import evaluate
-from sd.plan import plan
-from sd.problems import Problem, check_lengths, embedded, read_problems
-from sd.ranks import Lost, Ranks
-from sd.runs import RunFolder, Signals, Stop
-from sd.sampling import sample_in_parts, uniforms
+from sd.run.plan import plan
+from sd.problems import EMBEDDED, Problem, check_lengths, embedded, read_problems
+from sd.run.ranks import Lost, Ranks
+from sd.run.runs import RunFolder, Signals, Stop
+from sd.llm.sampling import sample_in_parts, uniforms
 from sd.scribe import language_critic
-from sd.tokenizer import Tokenizer
+from sd.llm.tokenizer import Tokenizer
 
 LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 

@@ -1,7 +1,7 @@
 r"""Where the feedback falls: the per-token advantage of each context on the solver's own wrong rollouts.
 
     python -m sd.advantage                          the embedded solver, validation problems
-    python -m sd.advantage runs/ref-seed0/best --teacher sd/assets --html advantage.html
+    python -m sd.advantage runs/ref-seed0/best --teacher sd/task/assets --html advantage.html
     python -m sd.advantage Qwen3-1.7B --data hard.jsonl --critic self --problems 20 --samples 4 \
                            --sample-batch 32 --dtype bfloat16
 
@@ -31,18 +31,19 @@ import torch
 
 from sd import UserError, command, losses
 from sd.answers import equal, final_answer
-from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.llm.checkpoint import load, write_atomic
 from sd.conditions import CHUNK, completion_hidden, feedback
 from sd.config import Config, check_sampling, pick_device, sampling_options, sizes
-from sd.critic import QUOTING, Critic, SymbolicCritic
+from sd.critic import QUOTING, Critic
+from sd.task.symbolic import SymbolicCritic
 from sd.metrics import bootstrap
-from sd.model import Transformer
-from sd.problems import Problem, embedded, read_problems
+from sd.llm.model import Transformer
+from sd.problems import EMBEDDED, Problem, embedded, read_problems
 from sd.report import script_json
-from sd.sampling import sample_in_parts, uniforms
+from sd.llm.sampling import sample_in_parts, uniforms
 from sd.scribe import language_critic, words
 from sd.steps import TAGS, Step, Trace, parse, token_span
-from sd.tokenizer import Tokenizer
+from sd.llm.tokenizer import Tokenizer
 
 KINDS, MASS = (("correct steps before", "wrong step up to error", "first wrong token", "after it"),
                "A<0: share on wrong step")
@@ -50,7 +51,7 @@ LINEAR = 0.1            # figures are linear near 0, logarithmic beyond: A_t goe
 SHOWN = 12              # rollouts on the page
 MICRO = 16              # rollouts read at once
 INTERVAL, MINUS = "{mean:.2f} [{low:.2f}, {high:.2f}]", "\u2212"
-TEMPLATE = Path(__file__).parent / "assets/advantage.html"
+TEMPLATE = Path(__file__).parent / "run/pages/advantage.html"
 
 
 @dataclass

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from sd import UserError, losses
-from sd.compile import fused
+from sd.llm.compile import fused
 from sd.config import Config
 from sd.critic import Critic, Critique
-from sd.lora import LoRALinear, switch
-from sd.model import Transformer
+from sd.llm.lora import LoRALinear, switch
+from sd.llm.model import Transformer
 from sd.problems import Problem
-from sd.sampling import pad
-from sd.tokenizer import Tokenizer
+from sd.llm.sampling import pad
+from sd.llm.tokenizer import Tokenizer
 
 CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32, of which a divergence has some six alive
 SPARE = 8           # tokens: cutting a text moves its token borders a little

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from sd import UserError
-from sd.compile import check_compile
+from sd.llm.compile import check_compile
 from sd.critic import QUOTING
 from sd.losses import DIVERGENCES
 from sd.scribe import check_url
-from sd.tokenizer import Tokenizer
+from sd.llm.tokenizer import Tokenizer
 
 
 # tokens assumed of a problem with its instruction, and of the critic's rules and example
@@ -154,7 +154,7 @@ TOKENS, ROWS = (Config.max_new_tokens, 2048), (Config.sample_batch, 16)
 
 
 def sampling_options(parser: argparse.ArgumentParser, samples: int) -> None:
-    """What eval.py, sd.advantage and sd.problems filter share; to be checked by `check_sampling`."""
+    """What eval.py, sd.advantage and sd.filter share; to be checked by `check_sampling`."""
     for name, default, text in (("samples", samples, "rollouts per problem"),
                                 ("temperature", Config.temperature, "of the rollouts"),
                                 ("seed", 0, "of the rollouts")):

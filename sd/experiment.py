@@ -29,19 +29,20 @@ import numpy as np
 import torch
 
 from sd import UserError, command, losses, steps
-from sd import times_table as tt
-from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.task import times_table as tt
+from sd.llm.checkpoint import load, write_atomic
 from sd.conditions import completion_hidden
 from sd.config import Config, parse_config
-from sd.critic import QUOTING, SymbolicCritic
-from sd.problems import Problem, embedded
+from sd.critic import QUOTING
+from sd.task.symbolic import SymbolicCritic
+from sd.problems import EMBEDDED, Problem, embedded
 from sd.report import write_report
-from sd.sampling import sample, uniforms
-from sd.tokenizer import Tokenizer
+from sd.llm.sampling import sample, uniforms
+from sd.llm.tokenizer import Tokenizer
 
 OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--plan"}   # not passed on
 ROOT = Path(__file__).resolve().parent.parent
-FIGURE = Path(__file__).parent / "assets/alignment.template.svg"
+FIGURE = Path(__file__).parent / "run/pages/alignment.svg"
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)     # 97.5 % of Student's t for 2, 3, … 10 seeds
 REFERENCES = ("same", "worded", "half", "reordered", "decomposed")    # nearest the solver's derivation first
 

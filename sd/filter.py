@@ -1,8 +1,8 @@
 r"""Keeps the problems that are hard for a solver: at most 4 of 16 rollouts right (the paper's Avg@16 < 5/16).
 
-    python -m sd.problems filter --model Qwen3-1.7B --data all.jsonl --out hard.jsonl \
+    python -m sd.filter --model Qwen3-1.7B --data all.jsonl --out hard.jsonl \
         --samples 16 --max-correct 4
-    python -m sd.problems filter --model CRITIC --data hard.jsonl --out kept.jsonl \
+    python -m sd.filter --model CRITIC --data hard.jsonl --out kept.jsonl \
         --min-correct 1 --max-correct 16
 
 Counts go to OUT.counts.jsonl as they come, one line per problem: a stopped run continues from there, and
@@ -12,6 +12,7 @@ size changes a count.
 import argparse
 import json
 import os
+import sys
 import time
 from dataclasses import asdict
 from hashlib import sha256
@@ -21,14 +22,13 @@ import torch
 
 from sd import UserError, command
 from sd.answers import equal, final_answer
-from sd.checkpoint import EMBEDDED, load, write_atomic
+from sd.llm.checkpoint import load, write_atomic
 from sd.config import check_sampling, pick_device, sampling_options, sizes
-from sd.problems import Problem, check_lengths, read_problems
-from sd.sampling import sample, uniforms
+from sd.problems import EMBEDDED, Problem, check_lengths, read_problems
+from sd.llm.sampling import sample, uniforms
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    parser.add_argument("command", choices=["filter"], help="keep the hard problems")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder of the solver")
     parser.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     parser.add_argument("--out", type=Path, required=True, help="where the kept problems go, JSONL")
@@ -74,7 +74,7 @@ def key(p: Problem) -> str:
     return sha256(json.dumps([p.problem, p.answer]).encode()).hexdigest()[:16]
 
 
-@command("sd.problems", __doc__)
+@command("sd.filter", __doc__)
 def main(parser) -> None:
     args = parse_args(parser)
     rows = read_problems(args.data)
@@ -118,3 +118,7 @@ def main(parser) -> None:
     write_atomic(args.out, "".join(json.dumps(asdict(p)) + "\n" for p in hard))
     print(f"written: {args.out}, {len(hard)} of {len(problems)} problems, "
           f"with {args.min_correct} to {args.max_correct} right of {args.samples}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from sd.answers import equal, final_answer
-from sd.critic import SymbolicCritic
-from sd.model import Transformer
+from sd.task.symbolic import SymbolicCritic
+from sd.llm.model import Transformer
 from sd.problems import Problem, check_lengths
-from sd.ranks import Ranks
-from sd.sampling import sample_in_parts, uniforms
-from sd.tokenizer import Tokenizer
+from sd.run.ranks import Ranks
+from sd.llm.sampling import sample_in_parts, uniforms
+from sd.llm.tokenizer import Tokenizer
 
 
 @dataclass

@@ -25,14 +25,14 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from sd import command, steps
-from sd import times_table as tt
-from sd.checkpoint import load, read_config, save_model, write_atomic
+from sd.task import times_table as tt
+from sd.llm.checkpoint import load, read_config, save_model, write_atomic
 from sd.config import Config
 from sd.metrics import evaluate
-from sd.model import Transformer
+from sd.llm.model import Transformer
 from sd.problems import Problem, read_problems
-from sd.sampling import pad
-from sd.tokenizer import CONTROL, Tokenizer
+from sd.llm.sampling import pad
+from sd.llm.tokenizer import CONTROL, Tokenizer
 
 WORDS = 0.2                             # share of the solver's traces that are in words and interleaved
 SLIP = 0.4                              # share of context examples with wrong products in the trace

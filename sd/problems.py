@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sd import UserError
 
-ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = Path(__file__).parent / "task/assets"        # the embedded solver and its problems
 LONGEST_ID = 200
 
 
@@ -98,11 +98,4 @@ def check_lengths(problems: list[Problem], prompts: list[list[int]], room: int) 
 
 def embedded(split: str) -> list[Problem]:
     """The embedded task's "train", "val" or "test" problems; `python -m sd.pretrain` made them."""
-    return read_problems(ASSETS / f"{split}.jsonl")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sd.filter import main      # needs the model, so it stands further down the list of files
-    sys.exit(main())
+    return read_problems(EMBEDDED / f"{split}.jsonl")

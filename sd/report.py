@@ -14,14 +14,14 @@ from math import isfinite
 from pathlib import Path
 
 from sd import UserError, command
-from sd.checkpoint import write_atomic
+from sd.llm.checkpoint import write_atomic
 from sd.config import MACHINE, Config
 
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
 SAMPLE = {"problem": str, "trace": str, "reward": float, "cut": bool, "critique": str, "case": str,
           "malformed": str}
 NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE            # shown apart, or change no result
-TEMPLATE = Path(__file__).parent / "assets/report.html"
+TEMPLATE = Path(__file__).parent / "run/pages/report.html"
 
 
 def strict(text: bytes):

@@ -20,13 +20,13 @@ from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_open
 
 from sd import UserError
 from sd.answers import equal, final_answer
-from sd.checkpoint import load
+from sd.llm.checkpoint import load
 from sd.critic import Critic, Critique
-from sd.model import Transformer
+from sd.llm.model import Transformer
 from sd.problems import Problem
-from sd.sampling import sample
+from sd.llm.sampling import sample
 from sd.steps import parse, render
-from sd.tokenizer import Tokenizer
+from sd.llm.tokenizer import Tokenizer
 
 RULES = """\
 You are a faithful scribe: you write a solver's step-tagged trace as it should have been, \

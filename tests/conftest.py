@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
-from sd.checkpoint import EMBEDDED
+from sd.problems import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 SERVER = """

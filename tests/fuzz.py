@@ -8,9 +8,10 @@ import pytest
 
 from sd import UserError
 from sd.answers import canonical, equal, final_answer
-from sd.checkpoint import EMBEDDED, read_config
-from sd.critic import QUOTING, SymbolicCritic
-from sd.problems import Problem, read_problems
+from sd.llm.checkpoint import read_config
+from sd.critic import QUOTING
+from sd.task.symbolic import SymbolicCritic
+from sd.problems import EMBEDDED, Problem, read_problems
 from sd.scribe import HERO, RULES, align
 from sd.steps import parse, render, token_span
 

@@ -16,10 +16,11 @@ import torch
 
 from sd import UserError, advantage
 from sd.advantage import KINDS, MASS, Row, analyse, corrected, figure, locate, look, page, ratio, summarise
-from sd.checkpoint import load
-from sd.critic import QUOTING, Critique, SymbolicCritic
-from sd.problems import Problem, embedded
-from sd.sampling import Rollouts
+from sd.llm.checkpoint import load
+from sd.critic import QUOTING, Critique
+from sd.task.symbolic import SymbolicCritic
+from sd.problems import EMBEDDED, Problem, embedded
+from sd.llm.sampling import Rollouts
 from sd.steps import parse, render
 from tests.test_faults import Scribe
 
@@ -40,7 +41,7 @@ FACTS = {"folder": "solver", "teacher": "solver", "split": "val", "problems": 1,
 
 @pytest.fixture(scope="module")
 def solver():
-    return load()
+    return load(EMBEDDED)
 
 
 def tokens_of(tokenizer, steps, answer):
@@ -218,7 +219,7 @@ def test_without_reference_solutions_there_is_no_ref(solver):
 
 def test_another_teacher_reads_and_the_student_stays(solver, rows):
     model, tokenizer = solver
-    other, _ = load()
+    other, _ = load(EMBEDDED)
     with torch.no_grad():
         other.lm_head.weight.mul_(0)
     r, = look(model, other, tokenizer, [PROBLEM], [rows[0].ids], [False], [0.0], CRITICS, 1.1)

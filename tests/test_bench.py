@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sd import UserError, bench
+from sd import UserError
+from tests import bench
 
 SMALL = ["--batch", "3", "--prompt", "4", "--tokens", "5", "--hidden", "8", "--threads", "1", "--repeat", "2"]
 
@@ -46,7 +47,7 @@ def test_a_peer_that_is_not_installed_is_told_in_one_sentence(monkeypatch, capsy
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main(["--peer", "trl"]) == 2
     assert capsys.readouterr().err == (
-        "sd.bench: --peer trl is not installed here; pip install trl, or leave it out\n")
+        "tests.bench: --peer trl is not installed here; pip install trl, or leave it out\n")
 
 
 def test_a_part_that_fails_says_why_in_one_line():

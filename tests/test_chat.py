@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from sd import UserError
 from sd.conditions import completion_hidden
-from sd.model import ModelConfig
-from sd.tokenizer import INSTRUCTION, THOUGHT, Tokenizer
+from sd.llm.model import ModelConfig
+from sd.llm.tokenizer import INSTRUCTION, THOUGHT, Tokenizer
 
 from tests.test_model import tiny
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd import UserError
-from sd.checkpoint import EMBEDDED, load, read_config, save_model
-from sd.model import RopeScaling
-from sd.sampling import sample
+from sd.llm.checkpoint import load, read_config, save_model
+from sd.llm.model import RopeScaling
+from sd.llm.sampling import sample
+from sd.problems import EMBEDDED
 
 from tests.test_model import QWEN3, tiny
 
@@ -179,7 +180,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     {"vocab_size": 2 ** 31 - 1, "hidden_size": 6144}, {"num_hidden_layers": 10 ** 6},
     {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
 def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monkeypatch):
-    monkeypatch.setattr("sd.checkpoint.Transformer", lambda config: pytest.fail("made a model"))
+    monkeypatch.setattr("sd.llm.checkpoint.Transformer", lambda config: pytest.fail("made a model"))
     with pytest.raises(UserError, match="no real model"):
         load(folder_of(tmp_path, OLD | change))
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-from sd.checkpoint import EMBEDDED, load
+from sd.llm.checkpoint import load
 from sd.conditions import Teacher
 from sd.config import Config
 from sd.metrics import Scores
-from sd.ranks import Ranks
-from sd.runs import RunFolder
+from sd.run.ranks import Ranks
+from sd.run.runs import RunFolder
+from sd.problems import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -224,8 +225,8 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
     (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
     (["train.py", "--preset", "paper", "--cond", "ref", "--plan"], "needs --model"),
-    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/assets"], "--data and --val"),
-    (["eval.py", "--split", "val", "--test", "sd/assets/val.jsonl"], "--split"),
+    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/task/assets"], "--data and --val"),
+    (["eval.py", "--split", "val", "--test", "sd/task/assets/val.jsonl"], "--split"),
     (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),

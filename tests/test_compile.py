@@ -14,14 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sd.compile
-import sd.sampling
+import sd.llm.compile
+import sd.llm.sampling
 from sd import UserError, losses
-from sd.compile import (NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed,
+from sd.llm.compile import (NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed,
                         padded, prepared)
-from sd.lora import add_lora, switch
-from sd.model import Cache, ModelConfig, Transformer
-from sd.sampling import CHECK_EVERY, draw, sample, uniforms
+from sd.llm.lora import add_lora, switch
+from sd.llm.model import Cache, ModelConfig, Transformer
+from sd.llm.sampling import CHECK_EVERY, draw, sample, uniforms
 
 CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6,
@@ -59,7 +59,7 @@ def sampled(model, prompts, tokens, compile=False, plain=False):
     """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr(sd.sampling, "prepared", lambda model, rows, tokens: model)
+            patch.setattr(sd.llm.sampling, "prepared", lambda model, rows, tokens: model)
         return sample(model, prompts, EOS, tokens, 1.3, 2, uniforms(2 * len(prompts), tokens, 1), compile)
 
 
@@ -70,8 +70,8 @@ def assert_same(one, other):
 
 @pytest.fixture
 def pack_all(monkeypatch, model):
-    monkeypatch.setattr(sd.compile, "PACK_TOKENS", 0)
-    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", 0)
+    monkeypatch.setattr(sd.llm.compile, "PACK_TOKENS", 0)
+    monkeypatch.setattr(sd.llm.compile, "PACK_WEIGHTS", 0)
     assert has_packed(prepared(model, 2, 1))            # the premise
 
 
@@ -81,11 +81,11 @@ def has_packed(model):
 
 def test_weights_are_packed_where_that_pays_and_works(model, monkeypatch):
     weights = sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", weights)
+    monkeypatch.setattr(sd.llm.compile, "PACK_WEIGHTS", weights)
     assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(model, 2, 15))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert has_packed(prepared(model, 2, 16)) and not has_packed(prepared(tiny(CONFIG).bfloat16(), 2, 16))
-    monkeypatch.setattr(sd.compile, "PACK_WEIGHTS", weights + 1)
+    monkeypatch.setattr(sd.llm.compile, "PACK_WEIGHTS", weights + 1)
     assert not has_packed(prepared(model, 2, 16))
 
 
@@ -190,8 +190,8 @@ class Replayed(Captured):
 
 def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, monkeypatch):
     plain = sampled(model, PROMPTS, LIMIT, plain=True)
-    monkeypatch.setattr(sd.compile, "SLOTS", 16)
-    monkeypatch.setattr(sd.sampling, "decoder", lambda model, cache, compile: Replayed(model, cache))
+    monkeypatch.setattr(sd.llm.compile, "SLOTS", 16)
+    monkeypatch.setattr(sd.llm.sampling, "decoder", lambda model, cache, compile: Replayed(model, cache))
     Replayed.made.clear()
     assert_same(sample(model, PROMPTS, EOS, LIMIT, 1.3, 2, uniforms(10, LIMIT, 1)), plain)
     rows, slots = zip(*Replayed.made)
@@ -272,7 +272,7 @@ def ahead(tmp_path):
     """A loss compiled in a process where something named triton could be imported, and would leave a mark."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
-    code = ("import sys, torch; from sd.compile import fused; x = torch.zeros(2, 5, requires_grad=True); "
+    code = ("import sys, torch; from sd.llm.compile import fused; x = torch.zeros(2, 5, requires_grad=True); "
             "fused(lambda x, y, z: x + y, 'cpu')(x, x.detach(), x).sum().backward(); "
             "sys.exit(sys.modules.get('triton') is not None)")
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{tmp_path}:."},

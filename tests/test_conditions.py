@@ -4,14 +4,13 @@ import torch
 
 import train
 from sd import UserError
-from sd.checkpoint import EMBEDDED
 from sd.conditions import Feedback, Teacher, accumulate, feedback
 from sd.config import Config
 from sd.losses import DIVERGENCES
-from sd.model import ModelConfig, Transformer
-from sd.problems import embedded
-from sd.sampling import sample, uniforms
-from sd.tokenizer import Tokenizer
+from sd.llm.model import ModelConfig, Transformer
+from sd.problems import EMBEDDED, embedded
+from sd.llm.sampling import sample, uniforms
+from sd.llm.tokenizer import Tokenizer
 
 SIZES = ModelConfig(11, 16, 24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
                     rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64, qk_norm=True)

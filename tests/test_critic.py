@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sd import UserError
-from sd.critic import SymbolicCritic
+from sd.task.symbolic import SymbolicCritic
 from sd.problems import Problem
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122")

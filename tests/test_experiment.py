@@ -163,7 +163,7 @@ def test_every_experiment_has_options_that_train_py_takes(tmp_path, monkeypatch)
 
 
 def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
-    from sd.critic import SymbolicCritic
+    from sd.task.symbolic import SymbolicCritic
     wrong = total = 0
     for p in PROBLEMS:
         (a, b), (c, d), (e, f) = [tuple(map(int, t.split("*"))) for t in p.problem.split(" + ")]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import train
 from sd import scribe
-from sd.critic import Critique, SymbolicCritic
+from sd.critic import Critique
+from sd.task.symbolic import SymbolicCritic
 from sd.problems import Problem
 from sd.scribe import ServerCritic
 from tests.conftest import ROOT

@@ -1,13 +1,13 @@
-"""`python -m sd.problems filter`: counts of right rollouts, what is kept, and going on after a stop."""
+"""`python -m sd.filter`: counts of right rollouts, what is kept, and going on after a stop."""
 import json
 import sys
 
 import pytest
 
 from sd import filter
-from sd.checkpoint import EMBEDDED, load
-from sd.problems import embedded, read_problems
-from sd.sampling import sample, uniforms
+from sd.llm.checkpoint import load
+from sd.problems import EMBEDDED, embedded, read_problems
+from sd.llm.sampling import sample, uniforms
 
 OPTIONS = ["--samples", "8", "--max-correct", "0", "--sample-batch", "16"]
 
@@ -18,7 +18,7 @@ def run(tmp_path, monkeypatch, capsys):
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) + "\n"
                                 for p in embedded("val")[:problems]))
-        monkeypatch.setattr(sys, "argv", ["problems", "filter", "--data", str(data),
+        monkeypatch.setattr(sys, "argv", ["sd.filter", "--data", str(data),
                                           "--out", str(tmp_path / "hard.jsonl"), *OPTIONS, *args])
         return filter.main(), *capsys.readouterr()
     return run

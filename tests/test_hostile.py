@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from sd import UserError
-from sd.checkpoint import EMBEDDED, read_config
+from sd.llm.checkpoint import read_config
 from sd.config import read_config as read_run
-from sd.problems import embedded
+from sd.problems import EMBEDDED, embedded
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*ROOT.glob("sd/*.py"), ROOT / "train.py", ROOT / "eval.py"])
+SOURCES = sorted([*ROOT.glob("sd/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "runpy", "code", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module", "import_module"}
 NETWORK, PROCESSES = {"scribe.py"}, {"experiment.py", "bench.py"}

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from sd.checkpoint import load, save_model
+from sd.llm.checkpoint import load, save_model
 from sd.conditions import Feedback, Teacher, accumulate
 from sd.config import Config
-from sd.lora import TARGETS, LoRALinear, add_lora, plain_weights, save_adapter, switch
+from sd.llm.lora import TARGETS, LoRALinear, add_lora, plain_weights, save_adapter, switch
 
 from tests.test_model import FAMILIES, QWEN2, QWEN3, some_ids, tiny, write
 

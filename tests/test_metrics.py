@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sd import metrics
-from sd.checkpoint import load
+from sd.llm.checkpoint import load
 from sd.metrics import bootstrap, evaluate, majority, scores
-from sd.problems import Problem
-from sd.sampling import Rollouts, pad
+from sd.problems import EMBEDDED, Problem
+from sd.llm.sampling import Rollouts, pad
 
 TEN = Problem("p", "5*2", "10")
 
@@ -33,7 +33,7 @@ def test_scores_of_one_problem(answers, avg, maj, passed):
 
 
 def test_a_truncated_answer_that_is_not_closed_does_not_count(monkeypatch):
-    model, tokenizer = load()
+    model, tokenizer = load(EMBEDDED)
     rollouts = [tokenizer.encode(text) for text in ("<answer> 10 </answer>", "<answer> 10", "<answer> 10")]
     lengths = torch.tensor(list(map(len, rollouts)))
     fixed = Rollouts(pad(rollouts, "cpu"), lengths, torch.zeros(3, int(lengths.max())),

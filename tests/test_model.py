@@ -6,9 +6,10 @@ from shutil import copy
 import pytest
 import torch
 
-from sd.checkpoint import EMBEDDED, load, save_model
-from sd.lora import plain_weights
-from sd.model import Cache, ModelConfig, Transformer
+from sd.llm.checkpoint import load, save_model
+from sd.llm.lora import plain_weights
+from sd.llm.model import Cache, ModelConfig, Transformer
+from sd.problems import EMBEDDED
 
 QWEN3 = ModelConfig(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                     num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-6,

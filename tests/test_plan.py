@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import sd.plan
-from sd.checkpoint import EMBEDDED, load, read_config, save_model
+import sd.run.plan
+from sd.llm.checkpoint import load, read_config, save_model
 from sd.conditions import Feedback, Teacher, accumulate
 from sd.config import PRESETS, Config
-from sd.lora import add_lora
-from sd.model import Transformer
-from sd.plan import PROMPT, RUNTIME, flops, needs, parameters, peak, plan, work
-from sd.tokenizer import Tokenizer
+from sd.llm.lora import add_lora
+from sd.llm.model import Transformer
+from sd.run.plan import PROMPT, RUNTIME, flops, needs, parameters, peak, plan, work
+from sd.llm.tokenizer import Tokenizer
+from sd.problems import EMBEDDED
 
 GIB, NEW = 2 ** 30, 16
 QWEN3 = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
@@ -147,7 +148,7 @@ def test_packed_weights_count_where_a_model_is_large_enough_to_be_packed(monkeyp
     linear = sum(m.weight.numel() for m in Transformer(shape).modules() if isinstance(m, torch.nn.Linear))
     config, plans = Config(cond="critique", critic=str(EMBEDDED)), []
     for worth in (0, sum(p.numel() for p in Transformer(shape).parameters()) + 1):
-        monkeypatch.setattr(sd.plan, "PACK_WEIGHTS", worth)
+        monkeypatch.setattr(sd.run.plan, "PACK_WEIGHTS", worth)
         plans.append(needs(config))
     assert [plans[0][phase] - plans[1][phase] for phase in phases] == [4 * linear] * 2
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from sd import pretrain
-from sd import times_table as tt
-from sd.checkpoint import EMBEDDED, load
-from sd.problems import read_problems
-from sd.tokenizer import Tokenizer
+from sd.task import times_table as tt
+from sd.llm.checkpoint import load
+from sd.problems import EMBEDDED, read_problems
+from sd.llm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from sd.checkpoint import EMBEDDED
-from sd.ranks import Ranks
+from sd.run.ranks import Ranks
+from sd.problems import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 CONDITIONS = ["grpo", "ref", "critique"]

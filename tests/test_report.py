@@ -10,8 +10,8 @@ import pytest
 
 import train
 from sd import UserError, report
-from sd.checkpoint import EMBEDDED
 from sd.report import page, read_run, write_report
+from sd.problems import EMBEDDED
 
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & \ud800 \U0001f600"
 TRAINED = [
@@ -214,7 +214,7 @@ def test_a_report_that_cannot_be_written_spoils_no_run(trained, monkeypatch, cap
     def full(folders, file):
         raise UserError(f"{file}: cannot be written (No space left)")
 
-    monkeypatch.setattr("sd.runs.write_report", full)
+    monkeypatch.setattr("sd.run.runs.write_report", full)
     status, folder = trained()
     assert (status == 2 and (folder / "last/model.safetensors").exists()
             and (folder / "best/model.safetensors").exists())

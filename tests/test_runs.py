@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sd import UserError
-from sd.checkpoint import EMBEDDED, load
+from sd.llm.checkpoint import load
 from sd.conditions import Teacher
 from sd.config import read_config
-from sd.lora import add_lora
-from sd.problems import read_problems
-from sd.ranks import Ranks
-from sd.runs import RunFolder, Signals, Stop
+from sd.llm.lora import add_lora
+from sd.problems import EMBEDDED, read_problems
+from sd.run.ranks import Ranks
+from sd.run.runs import RunFolder, Signals, Stop
 
 STEPS = 6
 TINY = ["--batch", 4, "--eval-samples", 1, "--steps", STEPS, "--eval-every", 2, "--lr", 1e-3]

@@ -4,8 +4,8 @@ import torch
 
 from sd import losses
 from sd.conditions import completion_hidden
-from sd.model import ModelConfig, Transformer
-from sd.sampling import draw, sample, uniforms
+from sd.llm.model import ModelConfig, Transformer
+from sd.llm.sampling import draw, sample, uniforms
 
 CONFIG = ModelConfig(vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6,

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from sd import UserError, scribe
-from sd.critic import Critique, SymbolicCritic
+from sd.critic import Critique
+from sd.task.symbolic import SymbolicCritic
 from sd.problems import Problem
-from sd.sampling import Rollouts
+from sd.llm.sampling import Rollouts
 from sd.scribe import EXAMPLE, HERO, RULES, LocalCritic, ServerCritic, align, prompt
 from sd.steps import parse, render
 

@@ -1,9 +1,9 @@
 """The step grammar: text -> steps -> characters -> tokens."""
 import pytest
 
-from sd.checkpoint import EMBEDDED
 from sd.steps import Trace, parse, render, token_span
-from sd.tokenizer import Tokenizer
+from sd.llm.tokenizer import Tokenizer
+from sd.problems import EMBEDDED
 
 TRACE = ("<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>\n"
          "<step_3> 56+54=110 </step_3>\n<answer> 110 </answer>")

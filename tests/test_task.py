@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from sd.checkpoint import EMBEDDED
-from sd.problems import embedded
-from sd.times_table import CHANCE, HARD, PAIRS, belief
+from sd.problems import EMBEDDED, embedded
+from sd.task.times_table import CHANCE, HARD, PAIRS, belief
 
 SPLITS = {split: embedded(split) for split in ("train", "val", "test")}
 ALL = [problem for problems in SPLITS.values() for problem in problems]

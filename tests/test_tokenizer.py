@@ -4,9 +4,8 @@ import json
 import pytest
 
 from sd import UserError
-from sd.checkpoint import EMBEDDED
-from sd.problems import embedded
-from sd.tokenizer import CONTROL, Tokenizer
+from sd.problems import EMBEDDED, embedded
+from sd.llm.tokenizer import CONTROL, Tokenizer
 
 TOKENIZER = Tokenizer(EMBEDDED / "tokenizer.json")
 WORDS = ("<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n"

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from sd.checkpoint import EMBEDDED, load
-from sd.problems import embedded
-from sd.sampling import Rollouts
+from sd.llm.checkpoint import load
+from sd.problems import EMBEDDED, embedded
+from sd.llm.sampling import Rollouts
 
 LR, CLIP, DECAY, TEMPERATURE = 1e-3, 0.3, 0.5, 1.1
 # wrong, but what the solver answers in one rollout of four, so that most groups have an advantage
@@ -46,7 +46,7 @@ def test_three_steps_are_those_of_the_plain_loop(cond, tmp_path, here, data):
     numbers, rollouts = logs(tmp_path / "run")
     solutions, truths = ({p.id: p.solution for p in embedded("train")},
                          {row["problem"]: row["answer"] for row in PROBLEMS})
-    student, tokenizer = load()
+    student, tokenizer = load(EMBEDDED)
     teacher = deepcopy(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0)
     norms = []
@@ -88,7 +88,7 @@ def test_three_steps_are_those_of_the_plain_loop(cond, tmp_path, here, data):
                                ("entropy", surprise / tokens), ("reward", rewards.mean().item())):
             assert logged[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), (step, name)
     assert max(norms) > CLIP                    # the premise: something was cut off
-    written, begun = load_file(tmp_path / "run/last/model.safetensors"), dict(load()[0].named_parameters())
+    written, begun = load_file(tmp_path / "run/last/model.safetensors"), dict(load(EMBEDDED)[0].named_parameters())
     for name, p in student.named_parameters():  # in all: AdamW makes a step of rounding where there is no more
         assert (written[name] - p).norm() < 1e-3 * (p - begun[name]).norm(), name
 
@@ -118,7 +118,7 @@ def test_each_step_and_seed_samples_anew(tmp_path, here, data):
                                                ("<answer> 140", True, 0)])
 def test_an_answer_that_was_cut_off_earns_nothing(text, cut, reward, tmp_path, here, data, monkeypatch):
     """It might have gone on: 140 may be the beginning of 1400."""
-    ids = load()[1].encode(text)
+    ids = load(EMBEDDED)[1].encode(text)
     fixed = Rollouts(torch.tensor([ids] * 4), torch.full((4,), len(ids)), torch.zeros(4, len(ids)),
                      torch.full((4,), cut))
     monkeypatch.setattr(train, "sample_in_parts", lambda *of: fixed)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from sd import UserError
-from sd.lora import LoRALinear
-from sd.model import Cache, Transformer
+from sd.llm.lora import LoRALinear
+from sd.llm.model import Cache, Transformer
 
 SLOTS = 256             # a captured step reads cache slots up to the next multiple of this
 PACK_TOKENS = 16        # with fewer, packing does not pay: it costs about as much as two decode steps

@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd import UserError
-from sd.checkpoint import EMBEDDED, atomic, save_model, write_atomic
+from sd.llm.checkpoint import atomic, save_model, write_atomic
 from sd.config import Config
-from sd.lora import plain_weights, save_adapter
+from sd.llm.lora import plain_weights, save_adapter
 from sd.metrics import Scores
-from sd.problems import Problem
-from sd.ranks import Ranks
+from sd.problems import EMBEDDED, Problem
+from sd.run.ranks import Ranks
 from sd.report import write_report
 
 SAVE_EVERY = 60.0       # seconds between states, besides those saved at evaluations

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd import UserError
-from sd.model import ModelConfig, RopeScaling, Transformer
-from sd.tokenizer import Tokenizer
+from sd.llm.model import ModelConfig, RopeScaling, Transformer
+from sd.llm.tokenizer import Tokenizer
 
-EMBEDDED = Path(__file__).parent / "assets"
+
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "max_position_embeddings")
@@ -134,7 +134,7 @@ def _rope_scaling(path: Path, rope: dict) -> RopeScaling | None:
     return RopeScaling(*values)
 
 
-def load(folder: str | Path = EMBEDDED, dtype: torch.dtype = torch.float32,
+def load(folder: str | Path, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """Opens a checkpoint folder: the model in `dtype` on `device`, its sizes in `.config`, and the tokenizer.
 

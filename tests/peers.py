@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from sd.lora import TARGETS
-from sd.tokenizer import Tokenizer
+from sd.llm.lora import TARGETS
+from sd.llm.tokenizer import Tokenizer
 
 
 class Clock(Counter):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from sd.checkpoint import EMBEDDED, read_config
-from sd.compile import PACK_TOKENS, PACK_WEIGHTS
+from sd.llm.checkpoint import read_config
+from sd.llm.compile import PACK_TOKENS, PACK_WEIGHTS
 from sd.conditions import CHUNK
 from sd.config import PROMPT, SCRIBE, Config
-from sd.lora import TARGETS
-from sd.model import ModelConfig, Transformer
-from sd.problems import embedded, read_problems
+from sd.llm.lora import TARGETS
+from sd.llm.model import ModelConfig, Transformer
+from sd.problems import EMBEDDED, embedded, read_problems
 
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}    # float32 tensors of logits' size
 SMALLER = {"phase: sampling, key/value cache": "lower --sample-batch",

@@ -1,6 +1,6 @@
 """Speed and peak memory by part, and how near each comes to what this machine can do.
 
-    python -m sd.bench [--model FOLDER] [--peer transformers|trl]
+    python -m tests.bench [--model FOLDER] [--peer transformers|trl]
 
     machine       copy bandwidth and rate of matrix products: the last column is a share of these limits
     generation    prefill, then token by token; the least is to read weights and cache once per token
@@ -24,14 +24,15 @@ from pathlib import Path
 import torch
 
 from sd import UserError, command, conditions, losses
-from sd.checkpoint import EMBEDDED, load, read_config, write_atomic
-from sd.compile import fused
+from sd.llm.checkpoint import load, read_config, write_atomic
+from sd.llm.compile import fused
 from sd.conditions import CHUNK, Feedback, Teacher, accumulate
 from sd.config import Config, pick_device
-from sd.lora import add_lora
-from sd.peers import Clock, generation_times, transformers_generation, trl_step, words
-from sd.plan import parameters
-from sd.sampling import sample, uniforms
+from sd.llm.lora import add_lora
+from tests.peers import Clock, generation_times, transformers_generation, trl_step, words
+from sd.run.plan import parameters
+from sd.llm.sampling import sample, uniforms
+from sd.problems import EMBEDDED
 
 VOCABULARY, LOSS_TOKENS = 151_936, 2048
 COPIED, SIDE = 2 ** 26, 2048           # numbers to copy; rows of the square matrices to multiply
@@ -155,7 +156,7 @@ def measure(args, name: str) -> dict:
 
 def in_a_process(args, name: str) -> dict:
     """`measure` in a fresh process. Raises UserError with its last line of stderr if it fails."""
-    command = [sys.executable, "-m", "sd.bench", *args.given, "--part", name]
+    command = [sys.executable, "-m", "tests.bench", *args.given, "--part", name]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise UserError(
@@ -179,7 +180,7 @@ def table(results: dict) -> str:
                       f"matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
 
 
-@command("sd.bench", __doc__)
+@command("tests.bench", __doc__)
 def main(parser, argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser.add_argument("--model", default=str(EMBEDDED),

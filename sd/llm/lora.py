@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sd.checkpoint import atomic, write_atomic
-from sd.model import Transformer
+from sd.llm.checkpoint import atomic, write_atomic
+from sd.llm.model import Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.compile import decoder, prepared
-from sd.model import Cache, Transformer
+from sd.llm.compile import decoder, prepared
+from sd.llm.model import Cache, Transformer
 
 CHECK_EVERY = 8     # tokens between two looks at which rows are finished: each look waits for the device
 

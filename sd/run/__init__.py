@@ -1,0 +1,1 @@
+"""Running: files, processes, pages. Nothing here changes what is computed."""
