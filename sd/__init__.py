@@ -1,4 +1,7 @@
-"""Feedback-aligned self-distillation, from scratch. README.md has the reading order."""
+"""Feedback-aligned self-distillation, from scratch. README.md has the reading order.
+
+Here is what every command needs: the error that a user can mend, and how a command ends.
+"""
 import argparse
 import functools
 import sys
@@ -6,40 +9,52 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """An error that the user can fix, told in one sentence. The commands print it and exit with status 2."""
+    """An error that the user can fix, told in one sentence; a command then exits with status 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, obeyed; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """PyTorch has an exception type for CUDA alone, and not for all of it; else only the message tells."""
+    """PyTorch has a type for it on CUDA alone, and not always; else only the message tells."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory",
              "not create a primitive")
-    return (isinstance(error, MemoryError)
-            or isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError)
 
 
-def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[..., int]]:
-    """Decorates a command's `main(parser)`: it gets a parser whose help begins with `about`, returns an exit
-    status, and shows a traceback only for bugs."""
-    def decorate(main: Callable[..., None]) -> Callable[..., int]:
+def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[], int]]:
+    """Decorates a command's `main(parser)`, which gets a parser whose help begins with `about`.
+
+    The decorated function takes no argument and returns an exit status. Only bugs show a traceback.
+    """
+    def decorate(main: Callable[..., None]) -> Callable[[], int]:
         @functools.wraps(main)
-        def run(*args) -> int:
+        def run() -> int:
             parser = argparse.ArgumentParser(
                 prog=name if name.endswith(".py") else f"python -m {name}", description=about,
                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
             try:
-                main(parser, *args)
+                main(parser)
                 return 0
             except (UserError, OSError) as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+                status, message = 2, str(error)
+            except FloatingPointError as error:
+                status, message = 1, str(error)
+            except KeyboardInterrupt as stop:
+                status, message = 128 + getattr(stop, "number", 2), "stopped"
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                print(f"{name}: out of memory; smaller batches (--sample-batch, --batch) need less",
-                      file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                print(f"\n{name}: stopped", file=sys.stderr)
-                return 130
+                status = 1
+                message = (f"out of memory ({str(error)[:200]!r}); "
+                           "a smaller --micro-batch or --sample-batch needs less")
+            print(f"{name}: {message}", file=sys.stderr)
+            return status
         return run
     return decorate

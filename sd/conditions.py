@@ -1,98 +1,128 @@
-"""grpo / ref / critique: what the self-teacher sees of a batch of rollouts, and the loss that follows.
+"""grpo / ref / critique: what each condition tells the self-teacher, and the loss that follows.
 
-    L_SD  = E_{y ~ student(.|x)} [ sum_t D( student(.|x, y_<t), stopgrad teacher(.|x, c, y_<t) ) ] / tokens
-    grpo  = E [ sum_t -A_i log student(y_t|x, y_<t) ] / tokens,  A_i = (r_i - mean(r)) / std(r)
+    L_SD  = E_{y ~ student(.|x)} sum_t D( student(.|x, y_<t), stopgrad teacher(.|x, c, y_<t) ) / N
+    grpo  = E_{y ~ student(.|x)} sum_t -A_i log student(y_t|x, y_<t) / N
 
-D is KL(teacher || student) unless told otherwise. The rollout y counts as given: the gradient goes through D,
-not through the sampling of y. What a condition is told comes from `feedback` alone; the loss follows from it.
+D is KL(teacher || student) unless told otherwise, A_i = (r_i - mean(r)) / std(r), and N the number
+of completion tokens in the whole batch. The rollout y is given: the gradient goes through D, not
+through the sampling of y. The conditions differ in `feedback` alone; the loss follows from it.
 
-`accumulate` scores the very token ids that were sampled, under the student's prompt with gradient and the
-teacher's without, in micro-batches of similar length; the normaliser is the number of completion tokens in
-the whole batch, so the micro-batch size changes memory, not the result.
+`accumulate` scores the very token ids that were sampled, under the student's prompt with gradient
+and the teacher's without, in micro-batches of similar length. N is the whole batch's, so the size
+of a micro-batch changes memory and not the result.
 """
-import math
 from copy import deepcopy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sd import UserError, losses
-from sd.llm.compile import fused
 from sd.config import Config
-from sd.critic import Critic, Critique
-from sd.llm.lora import LoRALinear, switch
+from sd.critic import Critic
+from sd.llm.checkpoint import load
+from sd.llm.compile import compiled
+from sd.llm.lora import LoRALinear, switch_off
 from sd.llm.model import Transformer
-from sd.problems import Problem
 from sd.llm.sampling import pad
 from sd.llm.tokenizer import Tokenizer
+from sd.problems import Problem
+from sd.prompts import teacher_prompt
+from sd.rollouts import Rollout
+from sd.run.server import ChatServer
+from sd.scribe import LocalCritic, ServerCritic
+from sd.task.symbolic import SymbolicCritic
 
-CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32, of which a divergence has some six alive
+CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32, and a divergence holds some six such
 SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 
-@dataclass
-class Feedback:
-    """What N rollouts are told: `advantages`, or `teacher_prompts`, where None leaves a rollout out."""
-    advantages: list[float] | None = None                  # grpo: one constant per rollout
-    teacher_prompts: list[list[int] | None] | None = None  # ref, critique: problem and context
-    critiques: list[Critique] | None = None
-    shortened: int = 0                                     # contexts that did not fit whole
+def feedback(cond: str, rollouts: list[Rollout], group: int, critic: Critic | None,
+             tokenizer: Tokenizer, limit: int) -> None:
+    """Adds to each rollout what its condition tells of it: the only difference between the three.
 
-    def counts(self, i: int) -> bool:
-        """Whether rollout i is in the loss and in its normaliser."""
-        return self.teacher_prompts is None or self.teacher_prompts[i] is not None
-
-
-def feedback(cond: str, problems: list[Problem], texts: list[str], truncated: list[bool],
-             rewards: list[float], group: int, critic: Critic, tokenizer: Tokenizer, limit: int) -> Feedback:
-    """What each of the three conditions tells. `problems` has one per rollout, groups side by side.
-
-    `limit` is how many tokens a teacher's prompt may have; a context is shortened at its end to fit. Raises
-    UserError if a prompt does not fit even without its context, or if the critic cannot be reached.
+    `limit` is how many tokens a teacher's prompt may have. Raises UserError if a prompt does not
+    fit even without its context, or if the critic cannot be reached.
     """
     if cond == "grpo":
-        return Feedback(
-            advantages=losses.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist())
-    if cond == "ref":
-        critiques, contexts = None, [p.solution for p in problems]
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group)            # (P, G)
+        advantages = losses.group_advantages(rewards).flatten().tolist()                # (P * G)
+        for rollout, advantage in zip(rollouts, advantages):
+            rollout.advantage = advantage
+    elif cond == "ref":
+        for rollout in rollouts:
+            show(rollout, cond, rollout.problem.solution, tokenizer, limit)
     else:
-        critiques = critic.batch(problems, texts, truncated)
-        contexts = [None if c.malformed else c.text for c in critiques]
-    told = Feedback(teacher_prompts=[], critiques=critiques)
-    for problem, context in zip(problems, contexts):
-        prompt = None if context is None else tokenizer.teacher_prompt(problem.problem, cond, context)
-        if prompt is not None and (excess := len(prompt) - limit) > 0:
-            kept = tokenizer.encode(context)[:-excess - SPARE]
-            prompt = tokenizer.teacher_prompt(problem.problem, cond, tokenizer.decode(kept))
-            told.shortened += 1
-            if len(prompt) > limit:
-                raise UserError(f"problem {problem.id!r}: too long for the self-teacher's prompt; "
-                                "remove it or lower --max-new-tokens")
-            prompt = prompt if kept else None               # nothing is left of the context
-        told.teacher_prompts.append(prompt)
-    return told
+        for rollout, critique in zip(rollouts, critic.batch(rollouts)):
+            rollout.critique = critique
+            if not critique.malformed:          # else it must never become a training signal
+                show(rollout, cond, critique.text, tokenizer, limit)
+
+
+def show(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer, limit: int) -> None:
+    """Sets the rollout's teacher prompt; a context that does not fit is shortened at its end.
+
+    If nothing is left of the context, the rollout gets no teacher prompt and so is left out.
+    """
+    prompt = teacher_prompt(tokenizer, rollout.problem.problem, kind, context)
+    excess = len(prompt) - limit
+    if excess > 0:
+        kept = tokenizer.encode(context)[:-excess - SPARE]
+        prompt = teacher_prompt(tokenizer, rollout.problem.problem, kind, tokenizer.decode(kept))
+        if len(prompt) > limit:
+            raise UserError(f"problem {rollout.problem.id!r}: too long for the self-teacher's "
+                            "prompt; remove it or lower --max-new-tokens")
+        rollout.shortened = True
+        if not kept:
+            return
+    rollout.teacher_prompt = prompt
+
+
+def open_critic(config: Config, student: Transformer, tokenizer: Tokenizer,
+                problems: list[Problem]) -> Critic:
+    """The frozen critic that --critic names; `self` is the student as it is now.
+
+    Raises UserError if it cannot be opened, or cannot read the problems.
+    """
+    if config.critic == "symbolic":
+        critic = SymbolicCritic(config.quoting, config.critic_noise)
+        critic.check(problems)
+        return critic
+    if "://" in config.critic:
+        return ServerCritic(ChatServer(config.critic, config.critic_tokens))
+    if config.critic != "self":
+        weight = student.lm_head.weight
+        model, tokenizer = load(config.critic, weight.dtype, weight.device)
+    elif tokenizer.chat_model:
+        model = initial_policy(student)
+    else:
+        raise UserError("--critic self needs a chat model, which the embedded solver is not: "
+                        "take symbolic")
+    at_once = max(1, config.sample_batch // 4)      # a critique is about four rollouts long
+    return LocalCritic(model, tokenizer, config.critic_tokens, at_once, config.compile)
 
 
 class Teacher:
-    """The self-teacher's weights: `base` the initial ones, `ema` a moving average, `live` the student's own.
+    """The self-teacher's weights: the initial ones, their moving average, or the student's own.
 
-    What the student does not train is shared, not copied: under LoRA `base` is the same weights, adapter off.
+    What the student does not train is shared and not copied: under LoRA `base` is the same weights
+    with the adapter off.
     """
 
     def __init__(self, kind: str, student: Transformer, decay: float):
         self.kind, self.decay = kind, decay
-        if kind == "ema":
+        if kind == "base":
+            self.model = initial_policy(student)
+        elif kind == "ema":
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
-            self.model = deepcopy(student, frozen).requires_grad_(False)    # what is frozen is not copied
+            self.model = deepcopy(student, frozen).requires_grad_(False)
         else:
-            self.model = student if kind == "live" else initial_policy(student)
+            self.model = student
 
     @torch.no_grad()
     def update(self, student: Transformer) -> None:
         """After each optimiser step; ema: teacher = decay teacher + (1 - decay) student.
 
-        Under LoRA it is A and B that are averaged, not their product.
+        Under LoRA the factors A and B are averaged, not their product.
         """
         if self.kind == "ema":
             for mine, new in zip(self.model.parameters(), student.parameters()):
@@ -101,68 +131,86 @@ class Teacher:
 
 
 def initial_policy(student: Transformer) -> Transformer:
-    """The policy before training, held fixed: the student's weights, adapter off, or a copy of them all."""
-    if not any(isinstance(module, LoRALinear) for module in student.modules()):
-        return deepcopy(student).requires_grad_(False)
-    policy = deepcopy(student, {id(p): p for p in student.parameters()})
-    switch(policy, on=False)
+    """The policy before training, held fixed: the student with its adapter off, or a copy of it.
+
+    Only weights that train are copied, and under LoRA not even those: switched off they are unused.
+    """
+    adapted = any(isinstance(module, LoRALinear) for module in student.modules())
+    shared = [p for p in student.parameters() if adapted or not p.requires_grad]
+    policy = deepcopy(student, {id(p): p for p in shared})
+    switch_off(policy)
     return policy
 
 
-def completion_hidden(model: Transformer, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Hidden states (M, C) that predict the M completion tokens of all rows, row after row, without padding.
+def completion_hidden(model: Transformer, prompts: list[list[int]],
+                      completions: list[list[int]]) -> Tensor:
+    """Hidden states (M, C) that predict the M completion tokens, row after row without padding.
 
     Token t of a row is predicted one position before its own. Prompt [7, 8, 9], completion [5, 6]:
 
         position    0  1  2  3
         input       7  8  9  5       -> the last token is not read: nothing follows it
-        predicts    8  9  5  6       -> positions 2 and 3: len(prompt) - 1 onwards, len(completion) of them
+        predicts    8  9  5  6       -> the last two: from position len(prompt) - 1 onwards
     """
     device = model.lm_head.weight.device
-    ids = pad([p + c[:-1] for p, c in zip(prompts, completions)], device)                   # (B, T)
-    at = [row * ids.size(1) + len(p) - 1 + t for row, (p, c) in enumerate(zip(prompts, completions))
-          for t in range(len(c))]
-    return model.hidden(ids).flatten(0, 1)[torch.tensor(at, device=device)]                 # (M, C)
+    ids = pad([p + c[:-1] for p, c in zip(prompts, completions)], device)               # (B, T)
+    at = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        first = row * ids.size(1) + len(prompt) - 1
+        at.extend(range(first, first + len(completion)))
+    return model.hidden(ids).flatten(0, 1)[torch.tensor(at, device=device)]             # (M, C)
 
 
-def accumulate(student: Transformer, teacher: Teacher, prompts: list[list[int]], completions: list[list[int]],
-               told: Feedback, config: Config, tokens: int) -> float:
-    """Adds the batch's gradient to the student's parameters and returns its loss (nats per completion token).
+def accumulate(student: Transformer, teacher: Teacher | None, rollouts: list[Rollout],
+               config: Config, tokens: int) -> float:
+    """Adds the batch's gradient to the student's parameters; returns its loss, in nats per token.
 
-    `tokens` normalises: the completion tokens of the whole batch, over all ranks, that are not left out.
+    `teacher` is None for grpo. `tokens` is the normaliser N: the completion tokens of all rollouts
+    that count, over all ranks.
     """
-    device, grpo = student.lm_head.weight.device, told.teacher_prompts is None
-    per_token = losses.of_logits("grpo" if grpo else config.divergence, config.beta, config.temperature,
-                                 config.term_clamp or math.inf)
-    if config.compile:
-        per_token = fused(per_token, device.type)
-    # a group whose rewards are all equal has no gradient: its tokens count, its forward pass does not happen
-    signal = told.advantages if grpo else told.teacher_prompts
-    rows = [i for i in range(len(prompts)) if signal[i]]            # neither an advantage of 0 nor None
-    rows.sort(key=lambda i: len(prompts[i]) + len(completions[i]))
-    total = torch.zeros((), device=device)
-    for start in range(0, len(rows), config.micro_batch):
-        micro = rows[start:start + config.micro_batch]
-        written = [completions[i] for i in micro]
-        ids = torch.tensor([token for c in written for token in c], device=device)          # (M)
-        if grpo:
-            target = torch.tensor([told.advantages[i] for i in micro for _ in completions[i]],
-                                  device=device)                                            # (M)
-        else:
-            with torch.no_grad():
-                target = completion_hidden(teacher.model, [told.teacher_prompts[i] for i in micro],
-                                           written)                                         # (M, C)
-        hidden = completion_hidden(student, [prompts[i] for i in micro], written)           # (M, C)
+    scored = [r for r in rollouts if r.has_gradient]
+    scored.sort(key=lambda r: len(r.prompt) + len(r.completion))
+    total = 0.0
+    for start in range(0, len(scored), config.micro_batch):
+        total += score(student, teacher, scored[start:start + config.micro_batch], config, tokens)
+    return total
 
-        # (M, V) would be the largest tensor by far. Each chunk of tokens goes forward and at once backward to
-        # `leaf`, its logits gone before the next chunk's; then one backward pass goes through the model.
-        leaf = hidden.detach().requires_grad_()
-        chunk = max(1, CHUNK // student.config.vocab_size)
-        for part in (slice(at, at + chunk) for at in range(0, len(ids), chunk)):
+
+def score(student: Transformer, teacher: Teacher | None, rollouts: list[Rollout], config: Config,
+          tokens: int) -> float:
+    """`accumulate` of a micro-batch: both models read the same completions after their own prompts.
+
+    (M, V) logits would be the largest tensor by far. Each chunk of tokens goes forward and at once
+    backward to `leaf`, and its logits are gone before the next chunk's are made. Then one backward
+    pass goes through the model.
+    """
+    device = student.lm_head.weight.device
+    token_loss = compiled(losses.token_loss) if config.compile else losses.token_loss
+    completions = [r.completion for r in rollouts]
+    ids = torch.tensor([token for c in completions for token in c], device=device)      # (M)
+    if teacher is None:
+        kind = "grpo"
+        advantages = [r.advantage for r in rollouts for _ in r.completion]
+        target = torch.tensor(advantages, device=device)                                # (M)
+    else:
+        kind = config.divergence
+        prompts = [r.teacher_prompt for r in rollouts]
+        with torch.no_grad():
+            target = completion_hidden(teacher.model, prompts, completions)             # (M, C)
+    hidden = completion_hidden(student, [r.prompt for r in rollouts], completions)      # (M, C)
+
+    leaf = hidden.detach().requires_grad_()
+    total = torch.zeros((), device=device)
+    chunk = max(1, CHUNK // student.config.vocab_size)
+    for at in range(0, len(ids), chunk):
+        part = slice(at, at + chunk)
+        logits, wanted = student.lm_head(leaf[part]), target[part]                      # (m, V)
+        if teacher is not None:
             with torch.no_grad():
-                of_part = target[part] if grpo else teacher.model.lm_head(target[part])     # (m) or (m, V)
-            loss = per_token(student.lm_head(leaf[part]), of_part, ids[part]).sum() / tokens
-            loss.backward()
-            total += loss.detach()
-        hidden.backward(leaf.grad)
+                wanted = teacher.model.lm_head(wanted)                                  # (m, V)
+        loss = token_loss(kind, logits, wanted, ids[part], config.temperature, config.beta)   # (m)
+        loss = loss.sum() / tokens
+        loss.backward()
+        total += loss.detach()
+    hidden.backward(leaf.grad)
     return total.item()

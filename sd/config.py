@@ -1,4 +1,4 @@
-"""Every option of a training run, in one dataclass: the command line comes from it, and each run saves it."""
+"""Every option of a run, in one dataclass: the command line is made from it, each run saves it."""
 import argparse
 import json
 import os
@@ -9,70 +9,83 @@ from pathlib import Path
 import torch
 
 from sd import UserError
+from sd.llm.checkpoint import load, reading
 from sd.llm.compile import check_compile
-from sd.critic import QUOTING
-from sd.losses import DIVERGENCES
-from sd.scribe import check_url
+from sd.llm.model import Transformer
 from sd.llm.tokenizer import Tokenizer
 
-
-# tokens assumed of a problem with its instruction, and of the critic's rules and example
-PROMPT, SCRIBE = 256, 500
-# These change no result but by rounding, which in bfloat16 may turn a rollout another way.
+# These change no result but by rounding, so a resumed run may be given others.
 MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}
+# What eval.py, sd.advantage and sd.filter share with train.py, and what they take for a chat model.
+SAMPLING = ("temperature", "seed", "max_new_tokens", "sample_batch", "device", "dtype", "compile")
+CHAT = {"max_new_tokens": 2048, "sample_batch": 16}
+ADDRESS = re.compile(r"https?://([\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[\w./~%-]*)?",
+                     re.ASCII | re.IGNORECASE)
 
 
-def option(default, help: str, choices=None, group=""):
-    """A field that is also an option; `group` begins a new one in --help."""
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def option(default, help: str, choices=None, group="", zero=False, most=1e15):
+    """A field that is also an option; `group` begins a new one in --help.
+
+    A number must be above 0, or may be 0 with `zero`, and at most `most`.
+    """
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "group": group, "zero": zero, "most": most})
 
 
 @dataclass(frozen=True)
 class Config:
-    cond: str = option("", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference "
-                           "solution (ref), a critique of this rollout (critique)",
-                       ("grpo", "ref", "critique"), group="run")
-    seed: int = option(0, "seed of the data order, the adapter and all sampling")
-    out: str = option("", "run folder; must not exist yet (default: runs/COND-seedSEED, numbered if taken)")
-    model: str = option("", "checkpoint folder of the solver (default: the embedded solver)",
-                        group="what is trained, on what")
+    cond: str = option(
+        "", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference "
+        "solution (ref), or a critique of this rollout (critique)", ("grpo", "ref", "critique"),
+        group="run")
+    seed: int = option(0, "seed of the data order, the adapter and all sampling", zero=True)
+    out: str = option(
+        "", "run folder; must not exist yet (default: runs/COND-seedSEED, numbered if taken)")
+    model: str = option(
+        "", "checkpoint folder of the solver (default: the embedded solver)",
+        group="what is trained, on what")
     data: str = option("", "training problems, JSONL (default: the embedded ones)")
     val: str = option("", "validation problems, JSONL; they choose best/")
-    critic: str = option("symbolic",
-                         "symbolic (exact, embedded task only), self (the initial policy), a checkpoint "
-                         "FOLDER, or the URL of an OpenAI-compatible server, URL#MODEL")
-    critic_tokens: int = option(2048, "most tokens of a critique, thoughts included (not for symbolic)")
-    divergence: str = option("forward", "forward KL(teacher||student), reverse KL(student||teacher), jsd "
-                                        "(beta), or sampled: policy gradient on the sampled token",
-                             tuple(DIVERGENCES), group="method")
-    beta: float = option(0.5, "weight of the teacher in jsd, between 0 and 1")
-    term_clamp: float = option(0.0, "cut each vocabulary term of the divergence off here; OPSD takes 0.05 "
-                                    "(0: not at all)")
-    teacher: str = option("base", "the self-teacher's weights: base (initial), ema (moving average), "
-                                  "live (the student's own)", ("base", "ema", "live"))
-    ema_decay: float = option(0.95, "decay per step of the ema teacher")
-    quoting: str = option("partial", "how a symbolic critique quotes the rollout's steps", QUOTING)
-    critic_noise: float = option(0.0, "share of the symbolic critic's corrections made wrong on purpose")
+    critic: str = option(
+        "symbolic", "symbolic (exact, embedded task only), self (the initial policy), a checkpoint "
+        "FOLDER, or the URL of an OpenAI-compatible server, URL#MODEL")
+    critic_tokens: int = option(2048, "most tokens of a language model's critique, with thoughts")
+    divergence: str = option(
+        "forward", "forward KL(teacher||student), reverse KL(student||teacher), jsd (beta), or "
+        "sampled: policy gradient on the sampled token", ("forward", "reverse", "jsd", "sampled"),
+        group="method")
+    beta: float = option(0.5, "weight of the teacher in jsd, between 0 and 1", zero=True, most=1)
+    teacher: str = option(
+        "base", "the self-teacher's weights: base (initial), ema (moving average), live (the "
+        "student's own)", ("base", "ema", "live"))
+    ema_decay: float = option(0.95, "decay per step of the ema teacher", zero=True, most=1)
+    quoting: str = option(
+        "partial", "how a symbolic critique quotes the rollout", ("partial", "full", "omit"))
+    critic_noise: float = option(
+        0.0, "share of the symbolic critic's corrections that are wrong", zero=True, most=1)
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
-    temperature: float = option(1.1, "of all rollouts, also in evaluations, and of the loss's distributions")
+    temperature: float = option(1.1, "of all rollouts and of the loss's distributions", zero=True)
     max_new_tokens: int = option(80, "most tokens of a rollout")
     lr: float = option(4e-4, "AdamW's learning rate, constant", group="optimisation")
     batch: int = option(32, "problems per step")
     epochs: int = option(7, "passes over the training problems")
-    steps: int = option(0, "stop after so many steps (0: after the epochs)")
+    steps: int = option(0, "stop after so many steps (0: after the epochs)", zero=True)
     clip: float = option(1.0, "largest gradient norm")
-    lora_rank: int = option(0, "rank of the LoRA adapter (0: train all weights)")
-    lora_alpha: float = option(0.0, "the adapter is scaled by alpha / rank (0: alpha is twice the rank)")
-    device: str = option("", "cpu or cuda (default: cuda if there is one)", group="memory and speed")
-    dtype: str = option("float32", "of the weights; bfloat16 needs an adapter, which stays in float32",
-                        ("float32", "bfloat16"))
+    lora_rank: int = option(0, "rank of the LoRA adapter (0: train all weights)", zero=True)
+    lora_alpha: float = option(
+        0.0, "the adapter is scaled by alpha / rank (0: twice the rank)", zero=True)
+    device: str = option("", "cpu or cuda (default: cuda if there is one)",
+                         group="memory and speed")
+    dtype: str = option(
+        "float32", "of the weights; to train in bfloat16 takes an adapter, which stays in float32",
+        ("float32", "bfloat16"))
     micro_batch: int = option(64, "rollouts scored at once")
     sample_batch: int = option(512, "rollouts sampled at once")
     recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
-    compile: bool = option(False, "compile the decode step and the loss: CUDA graphs, "
-                                  "or C++ on a CPU (needs g++)")
-    eval_every: int = option(10, "steps between evaluations",
-                             group="evaluation on validation problems, which chooses best/")
+    compile: bool = option(False, "on CUDA: decode with CUDA graphs and compile the loss")
+    eval_every: int = option(
+        10, "steps between evaluations",
+        group="evaluation on validation problems, which chooses best/")
     eval_samples: int = option(4, "rollouts per validation problem")
     keep: bool = option(False, "keep the checkpoint of every evaluation, as step-N/")
 
@@ -81,164 +94,147 @@ class Config:
         return self.group if self.cond == "grpo" else 1
 
     @property
-    def critic_batch(self) -> int:
-        """Critiques written at once; prompt, trace and thoughts make one about four rollouts long."""
-        return max(1, self.sample_batch // 4)
-
-    @property
-    def critic_slots(self) -> int:
-        """The tokens of these critiques and all that they read; longer prompts are answered fewer at once."""
-        return self.critic_batch * (SCRIBE + PROMPT + 2 * self.max_new_tokens + self.critic_tokens)
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
     @property
     def torch_device(self) -> torch.device:
-        return pick_device(self.device)
+        """The device named, or cuda if there is one. Raises UserError if it is not available."""
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        name = self.device or ("cuda" if there else "cpu")
+        if name == "cuda":                      # under torchrun, each rank has its own
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        known = ["cpu"] + [f"cuda:{i}" for i in range(there)]
+        if name not in known:
+            raise UserError(f"--device {name}: not available here; there is {', '.join(known)}")
+        return torch.device(name)
 
     def check(self) -> None:
-        """Raises UserError naming the flag whose value makes no sense."""
+        """Raises UserError naming the first flag whose value makes no sense."""
         for f in fields(self):
-            if (choices := f.metadata["choices"]) and getattr(self, f.name) not in choices:
-                raise UserError(f"--{f.name.replace('_', '-')} must be one of {', '.join(choices)}")
-        if not re.fullmatch(r"|cpu|cuda(:\d{1,3})?", self.device):
-            raise UserError(f"--device must be cpu, cuda or cuda:N, not {self.device[:40]!r}")
-        if not 0 <= self.seed < 2 ** 63:
-            raise UserError(f"--seed must be 0 or more and below 2**63, not {str(self.seed)[:40]}")
-        for name in ("temperature", "max_new_tokens", "critic_tokens", "lr", "batch", "epochs", "clip",
-                     "micro_batch", "sample_batch", "eval_every", "eval_samples"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("steps", "lora_rank", "lora_alpha", "term_clamp"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
-        if self.divergence == "jsd" and not 0 < self.beta < 1:
-            raise UserError("--beta must be between 0 and 1; its ends are --divergence forward and reverse")
-        for name in ("ema_decay", "critic_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, "
-                                f"not {getattr(self, name)}")
-        if "://" in self.critic:
-            check_url(self.critic)          # whatever the condition: it is written into the run folder
+            flag, value = flag_of(f.name), getattr(self, f.name)
+            choices, zero, most = (f.metadata[key] for key in ("choices", "zero", "most"))
+            if choices and value not in choices:
+                raise UserError(f"{flag} must be one of {', '.join(choices)}")
+            if f.type in (int, float) and not (0 < value <= most or zero and value == 0):
+                least = "0 or more" if zero else "above 0"
+                raise UserError(f"{flag} must be {least} and at most {most:g}, not {value}")
+        if self.divergence == "jsd" and self.beta in (0, 1):
+            raise UserError("--beta must be between 0 and 1; "
+                            "its ends are --divergence forward and reverse")
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
-        if self.dtype == "bfloat16" and not self.lora_rank:
-            raise UserError("--dtype bfloat16 needs --lora-rank: "
-                            "updates of the usual size are rounded away in bfloat16 weights")
         if bool(self.data) != bool(self.val):
             raise UserError("--data and --val go together: problems to train on, "
                             "and others that choose the best checkpoint")
+        if "://" in self.critic:        # whatever the condition: it is written into the run folder
+            check_url(self.critic)
+        if self.compile:
+            check_compile(self.torch_device)
 
 
-def pick_device(name: str) -> torch.device:
-    """`name`, or cuda if there is one, under torchrun each rank's own. Raises UserError if it is missing."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = name or ("cuda" if there else "cpu")
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    known = ["cpu", *(f"cuda:{i}" for i in range(there))]
-    if name not in known:
-        raise UserError(f"--device {name}: not available here; there is {', '.join(known)}")
-    return torch.device(name)
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-# What the paper lists, but for its critic of 32 billion weights: here the initial policy, so that one GPU is
-# enough. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are for 24 GB.
-PRESETS = {"paper": dict(temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8,
-                         lora_rank=64, lora_alpha=128.0, divergence="forward", teacher="base",
-                         dtype="bfloat16", eval_every=10, eval_samples=12, critic="self", critic_tokens=8192,
-                         micro_batch=2, sample_batch=32, recompute=True)}
-# for the embedded solver and for a chat model: --max-new-tokens, and a --sample-batch for 24 GB in float32
-TOKENS, ROWS = (Config.max_new_tokens, 2048), (Config.sample_batch, 16)
+def check_url(url: str) -> re.Match:
+    """Raises UserError if it has more than host, port and path. The error does not quote it."""
+    match = ADDRESS.fullmatch(url.partition("#")[0])
+    if not match:
+        raise UserError(
+            "the critic's URL must look like http://localhost:8000/v1 or https://HOST/v1#MODEL, "
+            "with no user, password or query; "
+            "a key goes into the environment variable OPENAI_API_KEY")
+    return match
+
+
+# What the paper lists, except for its critic of 32 billion weights: here it is the initial policy,
+# so that one GPU is enough. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are
+# for 24 GB.
+PRESETS = {"paper": dict(
+    temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8, lora_rank=64,
+    lora_alpha=128.0, divergence="forward", teacher="base", dtype="bfloat16", eval_every=10,
+    eval_samples=12, critic="self", critic_tokens=8192, micro_batch=2, sample_batch=32,
+    recompute=True)}
+
+
+def add_option(parser, f, note: str = "") -> None:
+    """Makes a field of Config an option of `parser`; if it is not given, args will lack it."""
+    if f.type is bool:
+        kind = {"action": argparse.BooleanOptionalAction}
+    else:
+        metavar = {int: "N", float: "X"}.get(f.type)
+        kind = {"type": f.type, "choices": f.metadata["choices"], "metavar": metavar}
+    default = "" if f.default == "" else f" (default: {f.default}{note})"
+    parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS,
+                        help=f.metadata["help"] + default, **kind)
 
 
 def sampling_options(parser: argparse.ArgumentParser, samples: int) -> None:
-    """What eval.py, sd.advantage and sd.filter share; to be checked by `check_sampling`."""
-    for name, default, text in (("samples", samples, "rollouts per problem"),
-                                ("temperature", Config.temperature, "of the rollouts"),
-                                ("seed", 0, "of the rollouts")):
-        parser.add_argument(f"--{name}", type=type(default), default=default,
-                            help=f"{text} (default: {default})")
-    for name, (default, chat), text in (("max-new-tokens", TOKENS, "most tokens of a rollout"),
-                                        ("sample-batch", ROWS, "rollouts sampled at once")):
-        parser.add_argument(f"--{name}", type=int, metavar="N",
-                            help=f"{text} (default: {default}, for a chat model {chat})")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step, as in train.py")
+    """The options of the commands that sample but do not train; `open_solver` reads them."""
+    parser.add_argument("--samples", type=int, default=samples, metavar="N",
+                        help=f"rollouts per problem (default: {samples})")
+    for f in fields(Config):
+        if f.name in SAMPLING:
+            chat = f", for a chat model {CHAT[f.name]}" if f.name in CHAT else ""
+            add_option(parser, f, chat)
 
 
-def check_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int = 1) -> None:
-    """Ends the command if a number makes no sense; `least` is for --samples."""
-    given = [args.samples - least + 1, args.sample_batch, args.max_new_tokens]
-    if (any(n is not None and n < 1 for n in given)
-            or not 0 <= args.temperature < float("inf")):
-        parser.error(f"--samples must be {least} or more, --sample-batch and --max-new-tokens 1 or more, "
-                     "--temperature 0 or more")
-    if args.compile:
-        check_compile(pick_device(args.device))
+def open_solver(folder: str | Path,
+                args: argparse.Namespace) -> tuple[Transformer, Tokenizer, Config]:
+    """A checkpoint, and the Config of a command with `sampling_options`, which depends on it.
+
+    Raises UserError naming a wrong flag, or a file that cannot be used.
+    """
+    config = Config("grpo", **{name: vars(args)[name] for name in SAMPLING if name in args})
+    config.check()
+    if args.samples < 1:
+        raise UserError(f"--samples must be above 0, not {args.samples}")
+    model, tokenizer = load(folder, config.torch_dtype, config.torch_device)
+    if tokenizer.chat_model:
+        config = replace(config, **{name: CHAT[name] for name in CHAT if name not in args})
+    return model, tokenizer, config
 
 
-def sizes(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[int, int]:
-    """--max-new-tokens and --sample-batch; their defaults depend on the model."""
-    chat = tokenizer.chat_model
-    return args.max_new_tokens or TOKENS[chat], args.sample_batch or ROWS[chat]
-
-
-def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The command line -> Config and the rest (resume, plan); argparse exits with status 2 on its errors."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s --cond {grpo,ref,critique} [option ...]")
+def parse_config(parser: argparse.ArgumentParser,
+                 argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """train.py's command line -> Config and the rest. Raises UserError naming a wrong flag."""
+    parser.usage = "%(prog)s --cond {grpo,ref,critique} [option ...]"
     parser.add_argument("--preset", choices=tuple(PRESETS),
                         help="defaults from the paper's list; other options still count")
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; its own "
-                        "options count, but those of memory and speed may be given anew")
-    parser.add_argument("--plan", metavar="GIB", type=float, nargs="?", const=24.0, help="print the memory "
-                        "that this would need and whether it fits GIB (default 24); train nothing")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run folder; "
+                        "its own options count, but those of memory and speed may be given anew")
     for f in fields(Config):
-        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-                {"type": f.type, "choices": f.metadata["choices"],
-                 "metavar": {int: "N", float: "X"}.get(f.type)})
-        shown = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown, **kind)
+        add_option(group, f)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     if args.resume:
         if args.preset or not given.keys() <= MACHINE:
-            parser.error("--resume keeps the run's options; only these may be given anew: " +
-                         ", ".join("--" + name.replace("_", "-") for name in sorted(MACHINE)))
+            parser.error("--resume keeps the run's options; only these may be given anew: "
+                         + ", ".join(map(flag_of, sorted(MACHINE))))
         config = replace(read_config(args.resume / "config.json"), **given)
     elif "cond" not in given:
         parser.error("the following arguments are required: --cond")
     else:
         config = Config(**PRESETS.get(args.preset, {}) | given)
     config.check()
-    if args.preset and not (config.model and (config.data or args.plan is not None)):
-        raise UserError(f"--preset {args.preset} needs --model, the folder of a checkpoint such as "
-                        "Qwen3-1.7B, and, unless to --plan, your problems: --data and --val")
-    if args.plan is None:
-        device = config.torch_device  # raises UserError if it is not there; a plan may be for another machine
-        if config.compile:
-            check_compile(device)
+    if config.temperature == 0:
+        raise UserError("--temperature must be above 0 to train")
+    if config.dtype == "bfloat16" and not config.lora_rank:
+        raise UserError("--dtype bfloat16 needs --lora-rank to train: updates of the usual size "
+                        "are rounded away in bfloat16 weights")
+    if args.preset and not config.model:
+        raise UserError(f"--preset {args.preset} needs --model, a folder such as Qwen3-1.7B")
     return config, args
 
 
 def read_config(path: Path) -> Config:
-    """The options of an earlier run. Raises UserError if there is none, or one of another version."""
-    if not path.exists():
-        raise UserError(f"{path.parent}: no run to resume is there (no config.json)")
-    try:
+    """The options of an earlier run. Raises UserError if there is none, or of another version."""
+    with reading(path):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and "model_type" in values:
-            raise ValueError(f"this is a checkpoint; its run is {path.parent.parent}")
-        wanted = {f.name: f.type for f in fields(Config)}
-        if not isinstance(values, dict) or values.keys() != wanted.keys() or any(
-                type(values[name]) is not kind for name, kind in wanted.items()):
-            raise ValueError("its entries are not those of this version")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no run to resume ({str(error)[:200]})") from None
+        kinds = {name: type(value) for name, value in values.items()}
+        if kinds != {f.name: f.type for f in fields(Config)}:
+            raise ValueError("no run of this version to resume is there")
     return Config(**values)

@@ -1,112 +1,113 @@
-"""Measures Avg@k, Maj@k, Pass@k with bootstrap intervals over problems, mean length and truncated share.
+"""Measures Avg@k, Maj@k, Pass@k with bootstrap intervals over problems, and length and truncation.
 
-For one problem with k sampled answers: Avg@k is the share that is right; Pass@k is 1 if any is right; Maj@k
-is 1 if the most frequent answer is right, and its share of the tie if several are equally frequent (the
-expectation of breaking the tie at random). A rollout without a final answer is wrong and has no vote.
+For one problem with k sampled answers: Avg@k is the share that is right; Pass@k is 1 if any is
+right; Maj@k is 1 if the most frequent answer is right, and its share of the tie if several are
+equally frequent (the expectation of breaking the tie at random). A rollout without a final answer
+is wrong and has no vote.
 """
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from sd.answers import equal, final_answer
-from sd.task.symbolic import SymbolicCritic
+from sd.answers import equal
+from sd.conditions import feedback
+from sd.config import Config
 from sd.llm.model import Transformer
-from sd.problems import Problem, check_lengths
-from sd.run.ranks import Ranks
-from sd.llm.sampling import sample_in_parts, uniforms
+from sd.llm.sampling import uniforms
 from sd.llm.tokenizer import Tokenizer
+from sd.problems import Problem
+from sd.prompts import student_prompt, teacher_prompt
+from sd.rollouts import Rollout, roll
+from sd.run.ranks import Ranks
+from sd.task.symbolic import SymbolicCritic
+
+DRAWS = 10_000      # of the bootstrap
 
 
 @dataclass
 class Scores:
-    """Per-problem values (P) in [0, 1]; `lengths` (P, k) in tokens, EOS included; `truncated` (P, k)."""
+    """Per problem (P) in [0, 1]; the mean length in tokens, and the share that was truncated."""
+    samples: int
     avg: np.ndarray
     maj: np.ndarray
     passed: np.ndarray
-    lengths: np.ndarray
-    truncated: np.ndarray
+    length: float
+    truncated: float
 
     def summary(self) -> dict:
-        """Percent with 95 % bootstrap intervals over problems, as printed and written by eval.py."""
-        k = self.lengths.shape[1]
-        out = {"problems": len(self.avg), "samples": k}
+        """Percent with 95 % bootstrap intervals over problems: what eval.py prints and writes."""
+        out = {"problems": len(self.avg), "samples": self.samples, "mean_length": self.length,
+               "truncated": 100 * self.truncated, "values": {}}
         for name, values in (("avg", self.avg), ("maj", self.maj), ("pass", self.passed)):
-            low, high = bootstrap(values)
-            out[f"{name}@{k}"] = {"mean": 100 * values.mean(), "low": 100 * low, "high": 100 * high}
-        out["values"] = {"avg": self.avg.tolist(), "maj": self.maj.tolist(),
-                         "pass": self.passed.tolist()}      # per problem
-        return out | {"mean_length": self.lengths.mean(), "truncated": 100 * self.truncated.mean()}
+            low, high = bootstrap(100 * values)
+            out[f"{name}@{self.samples}"] = {"mean": 100 * values.mean(), "low": low, "high": high}
+            out["values"][name] = values.tolist()
+        return out
 
 
 def majority(answers: list[str | None], truth: str) -> float:
-    """Maj@k of one problem: 1, 0, or 1 / (number of tied answers) where the right one is among them."""
-    votes: list[tuple[str, int]] = []
+    """Maj@k of a problem: 1, 0, or 1 / (number of tied answers) if the right one is one of them."""
+    votes: dict[str, int] = {}
     for answer in answers:
         if answer is None:
             continue
-        for i, (known, count) in enumerate(votes):
-            if equal(answer, known) or equal(answer, truth) and equal(known, truth):
-                votes[i] = (known, count + 1)
+        for known in votes:
+            if equal(answer, known) or (equal(answer, truth) and equal(known, truth)):
+                votes[known] += 1
                 break
         else:
-            votes.append((answer, 1))
-    top = [answer for answer, count in votes if count == max(c for _, c in votes)]
+            votes[answer] = 1
+    most = max(votes.values(), default=0)
+    top = [answer for answer, count in votes.items() if count == most]
     return sum(equal(answer, truth) for answer in top) / len(top) if top else 0.0
 
 
-def bootstrap(values: np.ndarray, counts: np.ndarray | None = None,
-              draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval over problems of the mean of `values` (P), or of sum(values) / sum(counts)."""
+def bootstrap(values: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """95 % percentile interval over problems of mean(values), or of sum(values) / sum(counts)."""
     counts = np.ones(len(values)) if counts is None else counts
-    drawn = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))             # (draws, P)
-    with np.errstate(invalid="ignore"):                 # a draw whose counts are all 0 is left out
-        low, high = np.nanquantile(values[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))     # (DRAWS, P)
+    with np.errstate(invalid="ignore"):         # a draw whose counts are all 0 is left out
+        means = values[drawn].sum(1) / counts[drawn].sum(1)                             # (DRAWS)
+    low, high = np.nanquantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
-             temperature: float, max_new_tokens: int, seed: int, context: str | None = None,
-             rows: int = 400, ranks: Ranks | None = None, compile: bool = False) -> Scores:
-    """Samples every problem `samples` times, `rows` rollouts at once, each rank its share of the problems.
+             config: Config, context: str | None = None, ranks: Ranks | None = None) -> Scores:
+    """Samples every problem `samples` times, each rank its share of the problems.
 
-    With `context`, the self-teacher's prompt: "ref" shows the solution, "critique" the symbolic critique of a
-    rollout sampled first. Raises UserError if a prompt does not fit the model.
+    With `context`, the self-teacher is measured: "ref" shows it the solution, "critique" the
+    symbolic critique of a rollout that is sampled first. Raises UserError if a prompt is too long.
     """
-    mine = ranks.share(len(problems)) if ranks else slice(0, len(problems))
-    part, room = problems[mine], model.config.max_position_embeddings - max_new_tokens
+    share = ranks.share(len(problems)) if ranks else slice(0, len(problems))
+    mine = problems[share]
+    rows, total = slice(share.start * samples, share.stop * samples), len(problems) * samples
+    limit = model.config.max_position_embeddings - config.max_new_tokens
 
-    def draws(*purpose) -> torch.Tensor:
-        noise = uniforms(len(problems) * samples, max_new_tokens, seed, *purpose)
-        return noise[mine.start * samples:mine.stop * samples]
+    def draw(problems: list[Problem], prompts: list[list[int]], group: int,
+             purpose: str) -> list[Rollout]:
+        noise = uniforms(total, config.max_new_tokens, config.seed, purpose)[rows]      # (P * k, T)
+        return roll(model, tokenizer, problems, prompts, group, config, noise)
 
-    prompts, group = [tokenizer.student_prompt(p.problem) for p in part], samples
-    check_lengths(part, prompts, room)
     if context == "ref":
-        prompts = [tokenizer.teacher_prompt(p.problem, "ref", p.solution) for p in part]
-    elif context == "critique":
-        first = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, samples,
-                                draws("evaluate, first"), rows, compile)
-        owners = [p for p in part for _ in range(samples)]
-        critiques = SymbolicCritic().batch(owners, list(map(tokenizer.decode, first.completions())),
-                                           first.truncated.tolist())
-        group = 1                       # each rollout has a critique, and so a prompt, of its own
-        prompts = [tokenizer.teacher_prompt(p.problem, "critique", c.text) for p, c in zip(owners, critiques)]
-    check_lengths(part, prompts, room)
-    out = sample_in_parts(model, prompts, tokenizer.eos, max_new_tokens, temperature, group,
-                          draws("evaluate"), rows, compile)
-    found = [[final_answer(tokenizer.decode(c), cut), len(c), cut]
-             for c, cut in zip(out.completions(), out.truncated.tolist())]
-    found = ranks.gather(found) if ranks else found
-    answers, lengths, truncated = zip(*found)                                               # (P * k) each
-    answers = [answers[i:i + samples] for i in range(0, len(answers), samples)]             # (P, k)
-    return scores(answers, problems, np.array(lengths).reshape(-1, samples),
-                  np.array(truncated).reshape(-1, samples))
+        prompts = [teacher_prompt(tokenizer, p.problem, "ref", p.solution) for p in mine]
+    else:
+        prompts = [student_prompt(tokenizer, p.problem) for p in mine]
+    purpose = "evaluate, first" if context == "critique" else "evaluate"
+    rollouts = draw(mine, prompts, samples, purpose)
+    if context == "critique":       # each rollout has a critique, and so a prompt, of its own
+        feedback("critique", rollouts, 1, SymbolicCritic(), tokenizer, limit)
+        prompts = [r.teacher_prompt for r in rollouts]
+        rollouts = draw([r.problem for r in rollouts], prompts, 1, "evaluate")
+    found = [[r.answer, r.reward, len(r.completion), r.truncated] for r in rollouts]
+    return scores(problems, ranks.gather(found) if ranks else found)
 
 
-def scores(answers: list[list[str | None]], problems: list[Problem], lengths: np.ndarray,
-           truncated: np.ndarray) -> Scores:
-    right = np.array([[equal(a, p.answer) for a in row] for row, p in zip(answers, problems)],
-                     dtype=float)                                       # (P, k)
-    majorities = np.array([majority(row, p.answer) for row, p in zip(answers, problems)])
-    return Scores(right.mean(1), majorities, right.max(1), lengths, truncated)
+def scores(problems: list[Problem], rows: list[list]) -> Scores:
+    """`rows` has answer, reward, length and truncated of each rollout, a problem's side by side."""
+    k = len(rows) // len(problems)
+    answers, rewards, lengths, truncated = zip(*rows)                           # (P * k) each
+    rewards = np.reshape(rewards, (-1, k))                                      # (P, k)
+    maj = [majority(answers[i * k:(i + 1) * k], p.answer) for i, p in enumerate(problems)]
+    return Scores(k, rewards.mean(1), np.array(maj), rewards.max(1), float(np.mean(lengths)),
+                  float(np.mean(truncated)))

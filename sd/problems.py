@@ -1,17 +1,20 @@
-"""Problems: UTF-8 JSONL in, one object a line: {"problem", "answer", "solution"?, "id"?}; others are ignored.
+"""Problems: UTF-8 JSONL in, one object a line, {"problem", "answer", "solution"?, "id"?}.
 
-`solution` is what the `ref` condition shows. A missing id is made of the file's name and the line (train-17);
-null counts as missing. An answer or an id may be a whole number, but not 2.50, which would come out as 2.5,
-and not true. No object of a line may hold a field twice, and no two lines an id, since results are kept by
-id. A byte order mark, Windows line ends and empty lines are skipped. Control characters are kept in texts,
-refused in ids, and never quoted in an error.
+`solution` is what the `ref` condition shows; other fields are ignored. A missing id is made of the
+file's name and the line (train-17); null counts as missing. An answer or an id may be a whole
+number, but not 2.50, which would come out as 2.5, and not true. No object of a line may hold a
+field twice, and no two lines may share an id, since results are kept by id. A byte order mark,
+Windows line ends and empty lines are skipped. Control characters are kept in texts, refused in ids,
+and never quoted in an error.
 """
 import json
+import re
 from codecs import BOM_UTF8
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sd import UserError
+from sd.llm.checkpoint import write_atomic
 
 EMBEDDED = Path(__file__).parent / "task/assets"        # the embedded solver and its problems
 LONGEST_ID = 200
@@ -26,74 +29,82 @@ class Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """All problems of a file; raises UserError with file, line and field at the first line without one."""
-    name = str(path) if str(path).isprintable() else ascii(str(path))
-    problems, seen = [], {}
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(BOM_UTF8) if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    problem = _problem(line, f"{Path(path).stem}-{number}")
-                except ValueError as error:
-                    raise UserError(f"{name}:{number}: {error}") from None
-                if problem.id in seen:
-                    raise UserError(f"{name}:{number}: field 'id' is {problem.id!r}, "
-                                    f"as in line {seen[problem.id]}")
-                seen[problem.id] = number
-                problems.append(problem)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    """All problems of a file.
+
+    Raises UserError with file, line and field at the first bad line, OSError if it is not readable.
+    """
+    content = path.read_bytes().removeprefix(BOM_UTF8)
+    problems = []
+    lines = {}                      # id -> its line
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            problem = _problem(line, f"{path.stem}-{number}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        first = lines.setdefault(problem.id, number)
+        if first != number:
+            raise UserError(f"{path}:{number}: field 'id' is {problem.id!r}, as in line {first}")
+        problems.append(problem)
     if not problems:
-        raise UserError(f"{name}: holds no problem")
+        raise UserError(f"{path}: holds no problem")
     return problems
 
 
 def _problem(line: bytes, default_id: str) -> Problem:
-    """One line's problem; raises ValueError saying what is wrong, in words that quote nothing of the line."""
+    """One line's problem; raises ValueError saying what is wrong, without quoting the line.
+
+    RecursionError if it is nested too deeply.
+    """
     try:
         row = json.loads(line.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8, at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1} of the line)") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1})") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    row = {"id": default_id, "solution": ""} | {key: value for key, value in row.items() if value is not None}
-    for field, kinds in (("id", (str, int)), ("problem", (str,)), ("answer", (str, int)),
-                         ("solution", (str,))):
-        if field not in row:
-            raise ValueError(f"field {field!r} is missing")
-        if type(row[field]) not in kinds:
-            raise ValueError(f"field {field!r} must be a string"
-                             f"{' or a whole number' if int in kinds else ''}")
-        row[field] = str(row[field])
-        if any("\ud800" <= character <= "\udfff" for character in row[field]):
-            raise ValueError(f"field {field!r} holds half of a surrogate pair, which cannot be written out")
-        if field != "solution" and not row[field].strip():
-            raise ValueError(f"field {field!r} is empty")
-    if len(row["id"]) > LONGEST_ID or not row["id"].isprintable():
-        raise ValueError(f"field 'id' must be at most {LONGEST_ID} printable characters")
-    return Problem(row["id"], row["problem"], row["answer"], row["solution"])
+    return Problem(_text(row, "id", default_id), _text(row, "problem"), _text(row, "answer"),
+                   _text(row, "solution", ""))
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    if len(row := dict(pairs)) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         raise ValueError("a field is there twice")
     return row
 
 
+def _text(row: dict, field: str, default: str | None = None) -> str:
+    text = row.get(field)
+    if text is None:
+        text = default
+    if text is None:
+        raise ValueError(f"field {field!r} is missing")
+    if type(text) is int and field in ("id", "answer"):
+        text = str(text)
+    if not isinstance(text, str):
+        raise ValueError(f"field {field!r} must be a string (an id or answer, or a whole number)")
+    if re.search(r"[\ud800-\udfff]", text):
+        raise ValueError(f"field {field!r} holds half of a surrogate pair")
+    if field != "solution" and not text.strip():
+        raise ValueError(f"field {field!r} is empty")
+    if field == "id" and (len(text) > LONGEST_ID or not text.isprintable()):
+        raise ValueError(f"field 'id' must be at most {LONGEST_ID} printable characters")
+    return text
+
+
 def check_lengths(problems: list[Problem], prompts: list[list[int]], room: int) -> None:
-    """Raises UserError if a prompt has more than `room` tokens; a problem's prompts stand side by side."""
-    for i, prompt in enumerate(prompts):
+    """Raises UserError if a problem's prompt has more than `room` tokens."""
+    for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) > room:
-            raise UserError(f"problem {problems[i * len(problems) // len(prompts)].id!r}: its prompt has "
-                            f"{len(prompt)} tokens, {max(0, room)} fit the model beside --max-new-tokens; "
+            raise UserError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens, "
+                            f"{max(0, room)} fit the model beside --max-new-tokens; "
                             "remove it or lower that option")
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Writes what `read_problems` reads. Raises UserError if it cannot be written."""
+    write_atomic(path, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
 
 
 def embedded(split: str) -> list[Problem]:

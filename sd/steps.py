@@ -1,8 +1,8 @@
-"""The step-tag grammar: `<step_1> … </step_1> … <answer> … </answer>`, text to steps and steps to tokens.
+"""The step-tag grammar, `<step_1> … </step_1> … <answer> … </answer>`: text to steps to tokens.
 
-The paper's solver writes step-tagged traces and its critic answers step by step, so this grammar is where a
-rollout and its feedback meet. Parsing never fails: text outside the tags is ignored, and a step that is not
-closed (the rollout ran out of tokens, or forgot the tag) ends at the next tag and says `closed=False`.
+The paper's solver writes step-tagged traces and its critic answers step by step, so this grammar is
+where a rollout and its feedback meet. Parsing never fails: text outside the tags is ignored, and a
+step that is not closed (the rollout ran out of tokens, or forgot the tag) ends at the next tag.
 """
 import re
 from bisect import bisect_right
@@ -14,7 +14,6 @@ TAGS = re.compile(r"<(/?)(?:step_(\d{1,4})|answer)>")
 
 @dataclass(frozen=True)
 class Step:
-    number: int          # as written by the solver; not necessarily its position
     text: str            # without tags, stripped
     start: int           # character span in the trace, tags included
     end: int
@@ -23,27 +22,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
+    text: str
     steps: list[Step]
-    answer: Step | None  # the last answer wins; its number is 0
+    answer: Step | None  # the last answer wins
 
 
 def parse(text: str) -> Trace:
     """Splits a trace at its tags; one pass, linear in the length of the text."""
-    steps, answer, tags = [], None, list(TAGS.finditer(text))
+    steps, answer = [], None
+    tags = list(TAGS.finditer(text))
     for i, tag in enumerate(tags):
         closing, number = tag.groups()
         if closing:
             continue
         following = tags[i + 1] if i + 1 < len(tags) else None
-        closed = following is not None and following.group(1) == "/" and following.group(2) == number
         inner_end = following.start() if following else len(text)
-        step = Step(int(number or 0), text[tag.end():inner_end].strip(), tag.start(),
-                    following.end() if closed else inner_end, closed)
+        closed = following is not None and following.groups() == ("/", number)
+        end = following.end() if closed else inner_end
+        step = Step(text[tag.end():inner_end].strip(), tag.start(), end, closed)
         if number:
             steps.append(step)
         else:
             answer = step
-    return Trace(steps, answer)
+    return Trace(text, steps, answer)
 
 
 def render(steps: list[str], answer: str) -> str:
@@ -53,15 +54,15 @@ def render(steps: list[str], answer: str) -> str:
 
 
 def token_span(pieces: list[str], start: int, end: int) -> tuple[int, int]:
-    """First token and one past the last token of the characters [start, end), for a text cut into `pieces`.
+    """First token and one past the last of the characters [start, end) of a text cut into `pieces`.
 
-    A token that straddles the border belongs to the side it starts on, so neighbouring spans never overlap:
+    A token that straddles the border belongs to the side it starts on, so neighbouring spans never
+    overlap:
 
-    >>> token_span(["ab", "cd", "ef"], 2, 5)      # 'cde' touches 'cd' and 'ef'
+    >>> token_span(["ab", "cd", "ef"], 2, 5)    # 'cde' touches 'cd' and 'ef'
     (1, 3)
-    >>> token_span(["ab", "cd", "ef"], 5, 6)      # 'f' begins inside a token that the span before has taken
+    >>> token_span(["ab", "cd", "ef"], 5, 6)    # 'f' begins inside a token of the span before
     (3, 3)
     """
     starts = list(accumulate(map(len, pieces), initial=0))[:-1]
-    first, last = bisect_right(starts, start - 1), bisect_right(starts, end - 1)
-    return first, last
+    return bisect_right(starts, start - 1), bisect_right(starts, end - 1)

@@ -2,16 +2,17 @@
 
     python -m tests.bench [--model FOLDER] [--peer transformers|trl]
 
-    machine       copy bandwidth and rate of matrix products: the last column is a share of these limits
-    generation    prefill, then token by token; the least is to read weights and cache once per token
-    grpo ref critique    a step, part by part; the least is two floating-point operations per weight and token
+    machine       copy bandwidth and rate of matrix products: the last column is a share of these
+    generation    prefill, then token by token; at the least, each token reads weights and cache once
+    grpo ref critique    a step by part; the least is two floating-point operations per weight and token
     loss          token-level loss alone, vocabulary 151,936; `dense` is the obvious form, all logits at once
 
-Each part runs in a fresh process, so that its peak memory is its own, and in turns with the peer's, on the
-same tokens. Rollouts never end early here, so both sides do the same work. The fastest repetition counts.
+Each part runs in a fresh process, so that its peak memory is its own, and in turns with the peer's, on
+the same tokens. Sampled never end early here, so both sides do the same work. The fastest repetition
+counts.
 
-Simplified: the critic is the model itself, and its critiques are not used: the self-teacher is shown random
-words of the same length. What a step costs does not depend on what the words say.
+Simplified: the critic is the model itself, and its critiques are not used: the self-teacher is shown
+random words of the same length. What a step costs does not depend on what the words say.
 """
 import argparse
 import importlib.util
@@ -24,165 +25,213 @@ from pathlib import Path
 import torch
 
 from sd import UserError, command, conditions, losses
+from sd.conditions import CHUNK, Teacher, accumulate
+from sd.config import Config
 from sd.llm.checkpoint import load, read_config, write_atomic
-from sd.llm.compile import fused
-from sd.conditions import CHUNK, Feedback, Teacher, accumulate
-from sd.config import Config, pick_device
-from sd.llm.lora import add_lora
-from tests.peers import Clock, generation_times, transformers_generation, trl_step, words
-from sd.run.plan import parameters
+from sd.llm.compile import check_compile, compiled
+from sd.llm.lora import TARGETS, add_lora
 from sd.llm.sampling import sample, uniforms
-from sd.problems import EMBEDDED
+from sd.problems import EMBEDDED, Problem
+from sd.rollouts import Rollout
+from sd.steps import parse
+from tests.peers import Clock, generation_times, transformers_generation, trl_step, words
 
 VOCABULARY, LOSS_TOKENS = 151_936, 2048
-COPIED, SIDE = 2 ** 26, 2048           # numbers to copy; rows of the square matrices to multiply
+COPIED = 2 ** 26            # numbers to copy
+SIDE = 2048                 # rows of the square matrices to multiply
 PARTS = ("machine", "generation", "grpo", "ref", "critique", "loss", "loss dense")
 PEERS = {"transformers": {"generation": "transformers generation"},
          "trl": {"grpo": "trl grpo", "ref": "trl ref"}}
-NEVER = (-1,)           # an EOS that no model samples
+NEVER = (-1,)               # an EOS that no model samples
+
+
+def projection_weights(model) -> int:
+    """How many weights the attention and MLP projections have."""
+    named = model.named_modules()
+    return sum(module.weight.numel() for name, module in named if name.split(".")[-1] in TARGETS)
 
 
 def machine(args, device, _) -> dict:
     """Bytes per second (read and written), floating-point operations per second in the model's dtype."""
-    a, x = torch.rand(COPIED, device=device), torch.randn(SIDE, SIDE, device=device).to(args.torch_dtype)
-    b, clock = torch.empty_like(a), Clock()
-    for i in range(5):
-        with clock(f"copy {i}"):
+    a = torch.rand(COPIED, device=device)
+    b = torch.empty_like(a)
+    x = torch.randn(SIDE, SIDE, device=device).to(args.torch_dtype)
+    copies, products = [], []
+    for _ in range(5):
+        clock = Clock()
+        with clock("copy"):
             b.copy_(a)
-        with clock(f"product {i}"):
+        with clock("product"):
             x @ x
-    best = lambda kind: min(s for name, s in clock.items() if name.startswith(kind))
-    return {"copy GB/s": 8 * a.numel() / best("copy") / 1e9, "GFLOP/s": 2 * SIDE ** 3 / best("product") / 1e9}
+        copies.append(clock["copy"])
+        products.append(clock["product"])
+    return {"copy GB/s": 8 * COPIED / min(copies) / 1e9,
+            "GFLOP/s": 2 * SIDE ** 3 / min(products) / 1e9}
 
 
 def generation(args, device, _) -> dict:
     model, tokenizer = load(args.model, args.torch_dtype, device)
     shape = model.config
-    prompts, size = words(tokenizer, args.batch, args.prompt, 0), args.torch_dtype.itemsize
-    times = generation_times(args, lambda new: sample(
-        model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0), args.compile))
-    projections, slots = parameters(shape)[1], args.prompt + args.tokens / 2                    # on average
-    weights = (projections + shape.vocab_size * shape.hidden_size) * size
-    cache = (2 * shape.num_hidden_layers * args.batch * slots *
-             shape.num_key_value_heads * shape.head_dim * size)
+    prompts = words(tokenizer, args.batch, args.prompt, 0)
+
+    def generate(new):
+        sample(model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0), args.compile)
+    times = generation_times(args, generate)
+    projections = projection_weights(model)
+    weights = projections + shape.vocab_size * shape.hidden_size
+    slots = args.prompt + args.tokens / 2       # on average
+    cache = (2 * shape.num_hidden_layers * args.batch * slots
+             * shape.num_key_value_heads * shape.head_dim)
+    read = (weights + cache) * args.torch_dtype.itemsize
     return times | {"flop": {"prefill": 2 * projections * args.batch * args.prompt},
-                    "bytes": {"decode": (weights + cache) * (args.tokens - 1)}}
+                    "bytes": {"decode": read * (args.tokens - 1)}}
 
 
 def step(args, device, cond: str) -> dict:
     """The second of two steps as train.py takes them: by then AdamW's moments exist."""
     model, tokenizer = load(args.model, args.torch_dtype, device)
-    shape = model.config
+    projections = projection_weights(model)
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2.0 * args.lora_rank, 0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
     config = Config(cond=cond, temperature=1.0, micro_batch=args.micro_batch, compile=args.compile)
-    distilled, tokens = cond != "grpo", args.batch * args.tokens
-    teacher = Teacher(args.teacher if distilled else "live", model, 0.95)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6,
-                                  weight_decay=0.0)
-    group = 1 if distilled else args.batch
+    teacher = None if cond == "grpo" else Teacher(args.teacher, model, 0.95)
+    group = args.batch if cond == "grpo" else 1
     prompts = words(tokenizer, args.batch // group, args.prompt, 0)
-    told = Feedback(advantages=[(-1.0) ** i for i in range(args.batch)])
-    if distilled:
-        told = Feedback(teacher_prompts=[
-            p + c for p, c in zip(prompts, words(tokenizer, args.batch, args.tokens, 1))])
-    noise, inner = uniforms(args.batch, args.tokens, 0), conditions.completion_hidden
+    contexts = words(tokenizer, args.batch, args.tokens, 1)
+    noise = uniforms(args.batch, args.tokens, 0)
+    completion_hidden = conditions.completion_hidden
 
-    def timed(*of):
+    def timed(*inputs):
         with clock("student forward" if torch.is_grad_enabled() else "teacher"):
-            return inner(*of)
+            return completion_hidden(*inputs)
     conditions.completion_hidden = timed
     for _ in range(2):
         clock = Clock()
         with clock("sample"):
-            rollouts = sample(model, prompts, NEVER, args.tokens, 1.0, group, noise, args.compile)
+            out = sample(model, prompts, NEVER, args.tokens, 1.0, group, noise, args.compile)
         if cond == "critique":
-            with clock("critic"), torch.no_grad():      # it reads problem, trace and solution
-                sample(teacher.model, [t + p for t, p in zip(told.teacher_prompts, prompts)], NEVER,
-                       args.tokens, 0.0)
+            with clock("critic"):               # it reads problem, trace and solution
+                read = [p + c + p for p, c in zip(prompts, contexts)]
+                sample(teacher.model, read, NEVER, args.tokens, 0.0, compile=args.compile)
+        rollouts = []
+        for i, completion in enumerate(out.completions()):
+            prompt = prompts[i // group]
+            rollout = Rollout(Problem("", "", ""), prompt, completion, out.logprobs[i], truncated=True,
+                              trace=parse(""), answer=None, reward=0.0)
+            if cond == "grpo":
+                rollout.advantage = (-1.0) ** i
+            else:
+                rollout.teacher_prompt = prompt + contexts[i]
+            rollouts.append(rollout)
         with clock("loss and backward"):
-            accumulate(model, teacher, [p for p in prompts for _ in range(group)], rollouts.completions(),
-                       told, config, tokens)
+            accumulate(model, teacher, rollouts, config, args.batch * args.tokens)
         with clock("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
-            teacher.update(model)
-    conditions.completion_hidden = inner
+            if teacher:
+                teacher.update(model)
+    conditions.completion_hidden = completion_hidden
     clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
-    a_token, head = 2 * parameters(shape)[1], 2 * shape.vocab_size * shape.hidden_size * tokens
-    # back: frozen weights need no gradient
-    forward, back = a_token * args.batch * (args.prompt + args.tokens), 1 if args.lora_rank else 2
-    flop = {"student forward": forward, "loss and backward": back * forward + (1 + back + distilled) * head}
+    return {"seconds": clock, "flop": step_flop(args, model.config, projections, distilled=cond != "grpo")}
+
+
+def step_flop(args, shape, projections: int, distilled: bool) -> dict:
+    """Two operations per weight and token forward, twice that backward (once for frozen weights)."""
+    back = 1 if args.lora_rank else 2
+    forward = 2 * projections * args.batch * (args.prompt + args.tokens)
+    head = 2 * shape.vocab_size * shape.hidden_size * args.batch * args.tokens
+    flop = {"student forward": forward,
+            "loss and backward": back * forward + (1 + back + distilled) * head}
     if distilled:
-        flop["teacher"] = a_token * args.batch * (args.prompt + 2 * args.tokens)
-    return {"seconds": clock, "flop": flop}
+        flop["teacher"] = 2 * projections * args.batch * (args.prompt + 2 * args.tokens)
+    return flop
 
 
 def loss_alone(args, device, kind: str) -> dict:
-    """Forward and backward of output projection and default divergence, from hidden states to gradients."""
+    """Forward and backward of output projection and forward KL, from hidden states to gradients."""
     C = args.hidden
     weight = (torch.randn(VOCABULARY, C, device=device) * C ** -0.5).requires_grad_()
-    student, taught = torch.randn(2, LOSS_TOKENS, C, device=device)
+    student, teacher = torch.randn(2, LOSS_TOKENS, C, device=device)
     ids = torch.randint(VOCABULARY, (LOSS_TOKENS,), device=device)
-    per_token, chunk = (losses.of_logits("forward", 0.5, 1.0),
-                        LOSS_TOKENS if kind == "dense" else CHUNK // VOCABULARY)
-    if args.compile and kind != "dense":
-        per_token = fused(per_token, device.type)
-    for rows in (8, LOSS_TOKENS):                       # the first warms up
+    token_loss = losses.token_loss
+    chunk = CHUNK // VOCABULARY
+    if kind == "dense":
+        chunk = LOSS_TOKENS
+    elif args.compile:
+        token_loss = compiled(token_loss)
+    for rows in (8, LOSS_TOKENS):               # the first warms up
         clock = Clock()
         with clock("loss"):
-            top = student[:rows].clone().requires_grad_()
-            for mine, other, y in zip(*(of[:rows].split(chunk) for of in (top, taught, ids))):
-                per_token(mine @ weight.T, other @ weight.detach().T, y).sum().backward()
+            leaf = student[:rows].clone().requires_grad_()
+            for at in range(0, rows, chunk):
+                part = slice(at, min(at + chunk, rows))
+                target = teacher[part] @ weight.detach().T
+                token_loss("forward", leaf[part] @ weight.T, target, ids[part], 1.0, 0.5).sum().backward()
     return {"seconds": clock, "flop": {"loss": 4 * 2 * VOCABULARY * C * LOSS_TOKENS}}
+
+
+FORMS = {"machine": machine, "generation": generation, "loss": loss_alone,
+         "transformers": transformers_generation, "trl": trl_step}
 
 
 def measure(args, name: str) -> dict:
     """One part, in this process."""
-    device = pick_device(args.device)
+    device = Config(device=args.device).torch_device
+    if args.compile:
+        check_compile(device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     first, kind = name.split()[0], name.split()[-1]
-    forms = {"machine": machine, "generation": generation, "loss": loss_alone,
-             "transformers": transformers_generation, "trl": trl_step}
-    out = forms.get(first, step)(args, device, kind)
+    out = FORMS.get(first, step)(args, device, kind)
     if "seconds" in out:
-        total = sum(out["seconds"].values())
-        out |= {"total": total,
-                "tokens/s": (LOSS_TOKENS if first == "loss" else args.batch * args.tokens) / total}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return out | {"peak bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident}
+        out["total"] = sum(out["seconds"].values())
+        tokens = LOSS_TOKENS if first == "loss" else args.batch * args.tokens
+        out["tokens/s"] = tokens / out["total"]
+    if device.type == "cuda":
+        out["peak bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        out["peak bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return out
 
 
 def in_a_process(args, name: str) -> dict:
     """`measure` in a fresh process. Raises UserError with its last line of stderr if it fails."""
-    command = [sys.executable, "-m", "tests.bench", *args.given, "--part", name]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command_line = [sys.executable, "-m", "tests.bench", *args.given, "--part", name]
+    result = subprocess.run(command_line, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(
-            f"{name}: {(result.stderr.strip().splitlines() or ['ended without a word'])[-1][:300]}")
+        lines = result.stderr.strip().splitlines() or ["ended without a word"]
+        raise UserError(f"{name}: {lines[-1][:300]}")
     return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def faster(new: dict, old: dict) -> bool:
+    if "total" in new:
+        return new["total"] < old["total"]
+    return new["copy GB/s"] > old["copy GB/s"]
 
 
 def table(results: dict) -> str:
     """One line per part and split; the share is of copy bandwidth for decoding, else of the matrix rate."""
-    limit, lines = results["machine"], [
-        f"{'':34s}{'seconds':>9s}{'tokens/s':>10s}{'peak GB':>9s}{'of limit':>10s}"]
-    for name, r in list(results.items())[1:]:
+    limit = results["machine"]
+    lines = [f"copies {limit['copy GB/s']:.1f} GB/s, matrix products {limit['GFLOP/s']:.0f} GFLOP/s",
+             f"{'':34s}{'seconds':>9s}{'tokens/s':>10s}{'peak GB':>9s}{'of limit':>10s}"]
+    for name, r in results.items():
+        if name == "machine":
+            continue
         lines.append(f"{name:34s}{r['total']:9.2f}{r['tokens/s']:10.1f}{r['peak bytes'] / 1e9:9.2f}")
         for part, seconds in r["seconds"].items():
             speed = f"{r['decode tokens/s']:.1f}" if part == "decode" else ""
-            flop, moved = r.get("flop", {}).get(part, 0), r.get("bytes", {}).get(part, 0)
+            flop = r.get("flop", {}).get(part, 0)
+            moved = r.get("bytes", {}).get(part, 0)
             share = (flop / limit["GFLOP/s"] + moved / limit["copy GB/s"]) / 1e9 / seconds
-            lines.append(f"  {part:32s}{seconds:9.2f}{speed:>10s}{'':9s}" +
-                         (f"{share:9.0%}" if share else ""))
-    return "\n".join([f"copies {limit['copy GB/s']:.1f} GB/s, "
-                      f"matrix products {limit['GFLOP/s']:.0f} GFLOP/s"] + lines)
+            shown = f"{share:9.0%}" if share else ""
+            lines.append(f"  {part:32s}{seconds:9.2f}{speed:>10s}{'':9s}{shown}")
+    return "\n".join(lines)
 
 
-@command("tests.bench", __doc__)
-def main(parser, argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(EMBEDDED),
                         help="checkpoint folder (default: the embedded solver)")
     parser.add_argument("--peer", choices=tuple(PEERS),
@@ -201,29 +250,41 @@ def main(parser, argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="CPU threads (default: all)")
     parser.add_argument("--repeat", type=int, default=2, help="repetitions; the fastest counts (default: 2)")
-    parser.add_argument("--compile", action="store_true", help="compile our side, as in train.py")
+    parser.add_argument("--compile", action="store_true", help="on CUDA: our side as with train.py --compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.given, args.torch_dtype = argv, getattr(torch, args.dtype)
+
+
+@command("tests.bench", __doc__)
+def main(parser) -> None:
+    add_options(parser)
+    args = parser.parse_args()
+    args.given = sys.argv[1:]
+    args.torch_dtype = getattr(torch, args.dtype)
     if min(args.batch, args.prompt, args.tokens - 1, args.micro_batch, args.hidden, args.threads,
            args.repeat) < 1:
         parser.error("numbers must be 1 or more, --tokens 2 or more")
-    if unknown := set(args.parts.split(",")) - set(PARTS):
-        parser.error(f"--parts has no {unknown.pop()!r}; choose from {', '.join(PARTS)}")
+    wanted = args.parts.split(",")
+    if not set(wanted) <= set(PARTS):
+        parser.error(f"--parts must be of {', '.join(PARTS)}")
     if args.part:
         print(json.dumps(measure(args, args.part)))
         return
-    read_config(Path(args.model))               # a wrong folder is told before anything is measured
+    read_config(Path(args.model))               # a wrong folder is reported before anything is measured
     if args.peer and not importlib.util.find_spec(args.peer):
         raise UserError(f"--peer {args.peer} is not installed here; pip install {args.peer}, or leave it out")
-    names = ["machine"] + [n for n in PARTS[1:] if n in args.parts.split(",")]
-    names = [both for n in names for both in (n, PEERS.get(args.peer, {}).get(n)) if both]
+    peer = PEERS.get(args.peer, {})
+    names = ["machine"]
+    for name in PARTS[1:]:
+        if name in wanted:
+            names.append(name)
+            if name in peer:
+                names.append(peer[name])
     results: dict[str, dict] = {}
     for name in names * args.repeat:
         print(f"… {name}", file=sys.stderr)
-        new, time_of = in_a_process(args, name), lambda r: r.get("total") or -r["copy GB/s"]
-        if name not in results or time_of(new) < time_of(results[name]):
+        new = in_a_process(args, name)
+        if name not in results or faster(new, results[name]):
             results[name] = new
     print(table(results))
     if args.json:

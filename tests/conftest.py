@@ -38,6 +38,14 @@ for line in sys.stdin:
 """
 
 
+def few_problems(base):
+    """The options for a few of the embedded problems, which are written into the folder `base`."""
+    for split, count in (("train", 40), ("val", 8)):
+        lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (base / f"{split}.jsonl").write_text("".join(lines[:count]))
+    return ["--data", str(base / "train.jsonl"), "--val", str(base / "val.jsonl")]
+
+
 class Trainer:
     """trainer(args, when, number) -> exit code and output; `when` says from the output so far when to signal.
 
@@ -46,10 +54,7 @@ class Trainer:
     """
 
     def __init__(self, base):
-        self.base = base
-        for split, count in (("train", 40), ("val", 8)):
-            lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
-            (base / f"{split}.jsonl").write_text("".join(lines[:count]))
+        self.base, self.data = base, few_problems(base)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, env=environment,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -57,7 +62,7 @@ class Trainer:
     def __call__(self, args, when=lambda text: False, number=signal.SIGKILL, measured=False, room=0):
         (log := self.base / "log").write_text("")
         if not {"--data", "--resume"} & set(args):
-            args = [*args, "--data", self.base / "train.jsonl", "--val", self.base / "val.jsonl"]
+            args = [*args, *self.data]
         print(json.dumps([list(map(str, args)), str(log), measured, room]), file=self.server.stdin,
               flush=True)
         pid = int(self.server.stdout.readline())
@@ -70,6 +75,10 @@ class Trainer:
         print(file=self.server.stdin, flush=True)
         code, self.peak = map(int, self.server.stdout.readline().split())
         return code, log.read_text()
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,8 +94,7 @@ def ahead(request, tmp_path_factory):
 def trainer(tmp_path_factory):
     trainer = Trainer(tmp_path_factory.mktemp("trainer"))
     yield trainer
-    trainer.server.stdin.close()
-    trainer.server.wait(timeout=60)
+    trainer.close()
 
 
 @pytest.fixture

@@ -8,17 +8,16 @@ import pytest
 
 from sd import UserError
 from sd.answers import canonical, equal, final_answer
+from sd.critic import align
 from sd.llm.checkpoint import read_config
-from sd.critic import QUOTING
-from sd.task.symbolic import SymbolicCritic
-from sd.problems import EMBEDDED, Problem, read_problems
-from sd.scribe import HERO, RULES, align
+from sd.problems import EMBEDDED, read_problems
+from sd.scribe import HERO, RULES, read_critique
 from sd.steps import parse, render, token_span
+from tests.test_critic import critique_of, rollout
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st
 
-PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122")
 RIGHT = render(["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"], "122")
 WRONG = render(["7*8=56", "6*9=52", "3*4=12", "56+52=108", "108+12=120"], "120")
 inputs = hypothesis.given
@@ -59,23 +58,26 @@ def test_steps(text):
 
 
 @many
-@inputs(traces, st.sampled_from(QUOTING), st.booleans())
-def test_the_symbolic_critic(text, quoting, truncated):
-    critique = SymbolicCritic(quoting)(PROBLEM, text, truncated)
+@inputs(traces, st.sampled_from(("partial", "full", "omit")), st.sampled_from((0.0, 0.5)), st.booleans())
+def test_the_symbolic_critic(text, quoting, noise, truncated):
+    critique = critique_of(text, truncated=truncated, quoting=quoting, noise=noise)
     assert critique.case in tuple("ABCD") and parse(critique.text).answer is not None
+    assert (critique.wrong is None) == (critique.case != "D")
+    assert critique.wrong is None or 0 <= critique.wrong <= len(parse(text).steps)
 
 
 @many
-@inputs(critiques, st.booleans(), critiques)
-def test_what_a_scribe_writes(text, truncated, output):
-    critique = align(PROBLEM, text, truncated, output)
-    steps, written = parse(critique.text), parse(text).steps
+@inputs(critiques, st.booleans(), critiques, st.booleans())
+def test_what_a_scribe_writes(text, truncated, output, cut_off):
+    written = rollout(text, truncated=truncated)
+    critique = read_critique(written, output, cut_off)
+    trace = parse(critique.text)
     if critique.malformed:
-        assert critique.case == "" and critique.wrong is None
+        assert critique.case == "" and critique.wrong is None and critique.text == output[:2000]
     else:
-        assert critique.case in tuple("ABCD") and steps.answer.text == "122" and steps.steps
-        assert [step.number for step in steps.steps] == list(range(1, len(steps.steps) + 1))
-        assert critique.wrong is None or 0 <= critique.wrong <= len(written)
+        assert critique == align(written, output) and not cut_off
+        assert critique.case in tuple("ABCD") and trace.answer.text == "122" and trace.steps
+        assert critique.wrong is None or 0 <= critique.wrong <= len(written.trace.steps)
         assert (critique.wrong is None) <= (critique.case != "D")
 
 
@@ -85,7 +87,7 @@ def test_answers(left, right):
     assert equal(left, left) and equal(left, right) is equal(right, left)
     assert (canonical(left) == canonical(right)) <= equal(left, right)
     for truncated in (False, True):
-        final = final_answer(left, truncated)
+        final = final_answer(parse(left), truncated)
         assert final is None or final == final.strip() != "" and final in left
 
 

@@ -1,4 +1,4 @@
-"""The work of sd/bench.py as transformers and TRL do it, on the same tokens and with the same settings.
+"""The work of tests/bench.py as transformers and TRL do it, on the same tokens and with the same settings.
 
 Both get a checkpoint folder, and are imported only if asked for. TRL is given text, hence prompts of whole
 words. First comes what our side uses too: the clock and the prompts.
@@ -21,20 +21,26 @@ class Clock(Counter):
 
     @contextmanager
     def __call__(self, name: str):
-        wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-        wait()
+        self.wait()
         start = time.perf_counter()
         yield
-        wait()
+        self.wait()
         self[name] += time.perf_counter() - start
+
+    def wait(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
 
 def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
     """Random prompts of `tokens` tokens, each a whole word, so that a peer given text has the same ids."""
+    whole = []
+    for i in range(tokenizer.vocab_size):
+        text = tokenizer.decode([i])
+        if text[:1] == " " and text[1:].isalpha() and text.isascii():
+            whole.append(i)
     rng = random.Random(seed)
-    whole = [i for i in range(tokenizer.vocab_size) if (text := tokenizer.decode([i]))[:1] == " "
-             and text[1:].isalpha() and text.isascii()] or range(tokenizer.vocab_size)
-    return [rng.choices(whole, k=tokens) for _ in range(rows)]
+    return [rng.choices(whole or range(tokenizer.vocab_size), k=tokens) for _ in range(rows)]
 
 
 def generation_times(args, draw) -> dict:
@@ -56,12 +62,15 @@ def generation_times(args, draw) -> dict:
 
 def transformers_generation(args, device, _) -> dict:
     from transformers import AutoModelForCausalLM
-    ids = torch.tensor(words(Tokenizer(Path(args.model) / "tokenizer.json"), args.batch, args.prompt, 0),
-                       device=device)
+    tokenizer = Tokenizer(Path(args.model) / "tokenizer.json")
+    ids = torch.tensor(words(tokenizer, args.batch, args.prompt, 0), device=device)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.torch_dtype).to(device).train(False)
-    return generation_times(args, lambda new: model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0))
+    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                   attention_mask=torch.ones_like(ids))
+
+    def generate(new):
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+    return generation_times(args, generate)
 
 
 def trl_step(args, device, cond: str) -> dict:
@@ -79,20 +88,25 @@ def trl_step(args, device, cond: str) -> dict:
     if args.lora_rank:
         from peft import LoraConfig
         adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=list(TARGETS))
-    texts = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.prompt, 0)]
+
+    def texts(tokens, seed):
+        return [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, tokens, seed)]
+
+    def alternating(completions, **_):
+        return [float(i % 2) for i in range(len(completions))]
     if cond == "grpo":
         from trl import GRPOConfig, GRPOTrainer
-        trainer = GRPOTrainer(args.model,
-                              lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-                              GRPOConfig(num_generations=args.batch, **common),
-                              Dataset.from_dict({"prompt": texts}), peft_config=adapter)
+        config = GRPOConfig(num_generations=args.batch, **common)
+        data = Dataset.from_dict({"prompt": texts(args.prompt, 0)})
+        trainer = GRPOTrainer(args.model, alternating, config, data, peft_config=adapter)
     else:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-        shown = [tokenizer.decode(p) for p in words(tokenizer, 2 * args.batch, args.tokens, 1)]
-        trainer = SDFTTrainer(args.model, SDFTConfig(
-            num_generations=1, teacher_model_kind=args.teacher, top_k=0,
-            teacher_prompt_template="{prompt}{privileged_context}", distillation_mode="full_logits",
-            **common), Dataset.from_dict({"prompt": texts, "privileged_context": shown}), peft_config=adapter)
+        config = SDFTConfig(num_generations=1, teacher_model_kind=args.teacher, top_k=0,
+                            teacher_prompt_template="{prompt}{privileged_context}",
+                            distillation_mode="full_logits", **common)
+        data = Dataset.from_dict({"prompt": texts(args.prompt, 0),
+                                  "privileged_context": texts(args.tokens, 1)})
+        trainer = SDFTTrainer(args.model, config, data, peft_config=adapter)
     clock = Clock()
 
     class Watch(TrainerCallback):

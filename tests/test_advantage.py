@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from html import unescape
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
@@ -14,14 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from sd import UserError, advantage
-from sd.advantage import KINDS, MASS, Row, analyse, corrected, figure, locate, look, page, ratio, summarise
+from sd import advantage
+from sd.advantage import (KINDS, MASS, Row, analyse_rollouts, correction, figure, locate, page, ratio,
+                          sample_rollouts, summarise)
+from sd.answers import equal, final_answer
+from sd.conditions import feedback
+from sd.config import Config
+from sd.critic import Critique
 from sd.llm.checkpoint import load
-from sd.critic import QUOTING, Critique
-from sd.task.symbolic import SymbolicCritic
+from sd.llm.sampling import Sampled
+from sd.metrics import bootstrap
 from sd.problems import EMBEDDED, Problem, embedded
-from sd.llm.sampling import Rollouts
+from sd.prompts import student_prompt, teacher_prompt
+from sd.rollouts import Rollout
 from sd.steps import parse, render
+from sd.task.symbolic import SymbolicCritic
 from tests.test_faults import Scribe
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122",
@@ -33,10 +41,11 @@ WRONG = [   # steps, answer: a wrong first product, a wrong sum, a wrong answer 
       "112 plus 12 gives 124"], "124"),
     (["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"], "126"),
 ]
-CRITICS = {quoting: SymbolicCritic(quoting) for quoting in QUOTING}
+QUOTING = ("partial", "full", "omit")
+CONTEXTS = {quoting: SymbolicCritic(quoting) for quoting in QUOTING} | {"ref": None}
+CONFIG = Config("grpo")
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & "
-FACTS = {"folder": "solver", "teacher": "solver", "split": "val", "problems": 1, "samples": 8,
-         "temperature": 1.1, "seed": 0, "wrong": 3}
+ABOUT = "student solver, teacher solver: 3 wrong rollouts of 1 val problems, 8 rollouts each"
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +53,29 @@ def solver():
     return load(EMBEDDED)
 
 
-def tokens_of(tokenizer, steps, answer):
-    return tokenizer.encode(render(steps, answer)) + [tokenizer.fast.token_to_id("<eos>")]
+def rollout(tokenizer, steps, answer, problem=PROBLEM, advantage=0.0, text=None):
+    ids = tokenizer.encode(text or render(steps, answer))
+    ids += [] if text else [tokenizer.fast.token_to_id("<eos>")]
+    trace = parse(tokenizer.decode(ids))
+    final = final_answer(trace, False)
+    return Rollout(problem, student_prompt(tokenizer, problem.problem), ids, torch.zeros(len(ids)), False,
+                   trace, final, float(equal(final, problem.answer)), advantage)
 
 
 @pytest.fixture(scope="module")
 def rows(solver):
     model, tokenizer = solver
-    ids = [tokens_of(tokenizer, *trace) for trace in WRONG]
-    return look(model, model, tokenizer, [PROBLEM] * 3, ids, [False] * 3, [-0.4, 0.0, -1.0], CRITICS, 1.1)
+    rollouts = [rollout(tokenizer, *trace, advantage=a) for trace, a in zip(WRONG, (-0.4, 0.0, -1.0))]
+    return analyse_rollouts(model, model, tokenizer, rollouts, CONTEXTS, CONFIG)
 
 
 def row(problem="p", kinds="bbueaa", grpo=-0.5, end=5, **advantages):
     """A row with a token per letter (before, up to, error, after) and the given A_t."""
-    logp = {"student": np.full(len(kinds), -1.0)} | {c: np.array(a) - 1.0 for c, a in advantages.items()}
-    return Row(Problem(problem, "x", "1", "s"), list(range(len(kinds))), list(kinds), kinds.index("u"),
-               kinds.index("e"), end, grpo, {c: "context" for c in advantages}, {}, logp)
+    of = Rollout(Problem(problem, "x", "1", "s"), [], list(range(len(kinds))), -torch.ones(len(kinds)), False,
+                 parse(kinds), None, 0.0, grpo)
+    views = {c: replace(of, critique=Critique("D", "context", 0), logprobs=torch.tensor(a, dtype=float) - 1)
+             for c, a in advantages.items()}
+    return Row(of, views, list(kinds), kinds.index("u"), kinds.index("e"), end)
 
 
 def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows):
@@ -76,22 +92,23 @@ def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows)
 
     assert len(rows) == 3
     for r, (steps, answer) in zip(rows, WRONG):
-        student = slow(tokenizer.student_prompt(PROBLEM.problem), r.ids)
-        told = r.advantages()
-        assert list(told) == ["partial", "full", "omit", "ref", "grpo"]
+        ids = r.rollout.completion
+        student = slow(student_prompt(tokenizer, PROBLEM.problem), ids)
+        assert list(r.views) == ["partial", "full", "omit", "ref"]
         for name in QUOTING:
-            critique = CRITICS[name](PROBLEM, render(steps, answer)).text
-            teacher = slow(tokenizer.teacher_prompt(PROBLEM.problem, "critique", critique), r.ids)
-            assert r.contexts[name] == critique
-            np.testing.assert_allclose(told[name], teacher - student, atol=2e-4)
-        teacher = slow(tokenizer.teacher_prompt(PROBLEM.problem, "ref", PROBLEM.solution), r.ids)
-        np.testing.assert_allclose(told["ref"], teacher - student, atol=2e-4)
-        assert told["grpo"].tolist() == [r.grpo] * len(r.ids)
-    assert rows[0].advantages()["partial"][rows[0].first] < -1      # the teacher does see the error
+            critique = CONTEXTS[name](rollout(tokenizer, steps, answer)).text
+            teacher = slow(teacher_prompt(tokenizer, PROBLEM.problem, "critique", critique), ids)
+            assert r.views[name].critique.text == critique
+            np.testing.assert_allclose(r.advantage(name), teacher - student, atol=2e-4)
+        teacher = slow(teacher_prompt(tokenizer, PROBLEM.problem, "ref", PROBLEM.solution), ids)
+        np.testing.assert_allclose(r.advantage("ref"), teacher - student, atol=2e-4)
+        assert r.advantage("grpo").tolist() == [r.rollout.advantage] * len(ids)
+    assert rows[0].advantage("partial")[rows[0].first] < -1      # the teacher does see the error
 
 
 def test_kinds_of_tokens_of_traces_written_by_hand(rows):
-    of = [["".join(p for p, k in zip(r.pieces, r.kinds()) if k == kind) for kind in range(4)] for r in rows]
+    of = [["".join(p for p, k in zip(r.pieces, r.places()) if min(k, 3) == kind) for kind in range(4)]
+          for r in rows]
     assert of[0][:3] == ["", "<step_1> 7*8=5", "4"]         # 54 for 56: the 5 is right
     assert of[0][3].startswith(" </step_1>\n<step_2> 6*9=54")
     assert of[1][:3] == ["<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n<step_3> ",
@@ -99,8 +116,9 @@ def test_kinds_of_tokens_of_traces_written_by_hand(rows):
     assert (of[2][0].endswith("110+12=122 </step_5>\n<answer> ")
             and of[2][1:] == ["12", "6", " </answer>"])     # and <eos>
     assert [("".join(r.pieces[r.start:r.end])) for r in rows] == [
+        "".join(p for p, k in zip(r.pieces, r.places()) if 0 < k < 4) for r in rows] == [
         "<step_1> 7*8=54 </step_1>\n<step_2> ", "56 plus 54 gives 112 </step_3>\n<step_4> ", "126 </answer>"]
-    assert all((r.kinds() == 2).sum() == 1 for r in rows)
+    assert all((r.places() == 2).sum() == 1 for r in rows)
 
 
 @pytest.mark.parametrize("pieces, right, number, expected", [
@@ -112,27 +130,27 @@ def test_kinds_of_tokens_of_traces_written_by_hand(rows):
     (["<step_1> ", "12", "=", "3", ""], "12=36", 0, (0, 4, 5)),                  # ended: <eos> is the error
     (["<step_1>", "  12=34 ", "</step_1>"], "12=36", 0, (0, 1, 3)),              # spaces are not its text
     (["<step_1> 3 </step", "_1><step_2> 4", " </step_2>"], "5", 1, (1, 1, 3)),   # a token across the border
-    # no counterpart; the critic repeats it
-    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], None, 1, (3, 3, 6)),
-    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], "b", 1, (3, 3, 6)),
+    (["<step_1> ", "a", " </step_1>\n", "<step_2> ", "b", " </step_2>"], "", 1, (3, 4, 6)),  # no counterpart
 ])
 def test_the_place_of_the_error(pieces, right, number, expected):
     assert locate(pieces, parse("".join(pieces)).steps[number], right) == expected
 
 
-def test_the_corrected_step_follows_the_copy_even_with_steps_inserted():
-    trace = parse(render(["7*8=56", "56+54=110", "3*4=13", "110+13=123"], "123"))
-    critique = parse(render(["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"], "122"))
+def test_the_corrected_step_follows_the_copy_even_with_steps_inserted(solver):
+    def corrected(steps, wrong, critique, answer="1"):
+        step, right = correction(parse(render(steps, answer)), Critique("D", render(*critique), wrong))
+        assert step.text == [*(" ".join(s.split()) if "\n" not in s else s for s in steps), answer][wrong]
+        return right
+
+    trace = ["7*8=56", "56+54=110", "3*4=13", "110+13=123"]
+    critique = ["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"], "122"
     assert corrected(trace, 2, critique) == "3*4=12"
     assert corrected(trace, 0, critique) == "7*8=56"
-    assert corrected(trace, 4, critique) == "122"                                   # the answer
-    assert corrected(trace, 3, parse(render(["7*8=56", "56+54=110", "3*4=13"], "122"))) is None
-    # a step said twice; a copy that is not verbatim
-    assert corrected(parse(render(list("abax"), "1")), 3, parse(render(list("abay"), "2"))) == "y"
-    assert corrected(parse(render(["a", "b"], "1")), 1, parse(render(["c"], "2"))) is None
-    spaced = parse(render(["a  =\n1", "b"], "1")), parse(render(["a = 1", "c"], "2"))    # a model's copy
-    assert corrected(spaced[0], 1, spaced[1]) == "c"
-    assert corrected(trace, 4, parse("nothing")) is None
+    assert corrected(trace, 4, critique, "123") == "122"                            # the answer
+    assert corrected(trace, 3, (["7*8=56", "56+54=110", "3*4=13"], "122")) == ""  # dropped
+    # a step said twice; a model's copy, that is not verbatim
+    assert corrected(list("abax"), 3, (list("abay"), "2")) == "y"
+    assert corrected(["a  =\n1", "b"], 1, (["a = 1", "c"], "2")) == "c"
 
 
 def test_means_medians_shares_and_tokens_by_hand():
@@ -157,64 +175,61 @@ def test_concentration_by_hand():
     assert share["mean"] == pytest.approx(11 / 13.1)
     assert (share["low"], share["high"]) == (pytest.approx(5 / 6.5), pytest.approx(6 / 6.6))
     assert summarise(rows)["grpo"][MASS]["mean"] == pytest.approx(5 / 11)
-    assert summarise([row(grpo=0.0, partial=[1.0] * 6)])["partial"][MASS] is None       # no negative mass
+    none = summarise([row(grpo=0.0, partial=[1.0] * 6)])["partial"]                     # no negative mass
+    assert MASS not in none and KINDS[0] in none
+    early = summarise([row(kinds="ueaaa", partial=[0.0] * 5)])                          # no correct step
+    assert KINDS[0] not in early["partial"] and KINDS[1] in early["partial"]
 
 
 def test_intervals_are_those_of_a_known_distribution():
     """400 problems of 5 tokens of equal value, normal: half-width 1.96 / sqrt(400), not 1.96 / sqrt(2000)."""
     values = np.random.default_rng(5).normal(2, 1, 400)
-    found = ratio(5 * values, np.full(400, 5))
+    of = np.arange(2000) % 400
+    found = ratio(values[of], np.ones(2000), of)
     assert found["mean"] == pytest.approx(values.mean())
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
-    assert ratio(np.zeros(3), np.zeros(3)) is None
-    sparse = ratio(np.array([3.0, 0, 0]), np.array([1, 0, 0]))              # most draws have no such token
+    sparse = ratio(np.array([3.0, 0, 0]), np.array([1, 0, 0]), np.arange(3))    # most draws have none
     assert (sparse["low"], sparse["high"]) == (3, 3)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr("sd.metrics.DRAWS", 400)
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(300):
         n = rng.integers(1, 9, 60)                                          # tokens per problem
-        found = ratio(n * rng.normal(1, 1, 60), n, draws=400)
-        hits += found["low"] <= 1 <= found["high"]
+        low, high = bootstrap(n * rng.normal(1, 1, 60), n)       # as `ratio` calls it
+        hits += low <= 1 <= high
     assert 0.90 <= hits / 300 <= 0.98
 
 
-def test_right_rollouts_and_those_the_critic_calls_malformed_are_left_out(solver):
+def test_rollouts_that_the_critic_calls_right_or_malformed_are_left_out(solver):
     model, tokenizer = solver
-    right, wrong = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
+    right, wrong = rollout(tokenizer, WRONG[2][0], "122"), rollout(tokenizer, *WRONG[0])
 
     class Unsure(SymbolicCritic):
-        def batch(self, problems, texts, truncated):
-            return [Critique("", "", malformed="no tags") if "54+54" in t else c
-                    for t, c in zip(texts, super().batch(problems, texts, truncated))]
+        def batch(self, rollouts):
+            return [Critique("", "", malformed="no tags") if "54+54" in r.trace.text else c
+                    for r, c in zip(rollouts, super().batch(rollouts))]
 
-    def found(critics, *ids):
-        n = len(ids)
-        return look(model, model, tokenizer, [PROBLEM] * n, list(ids), [False] * n, [0.0] * n, critics, 1.1)
+    def found(contexts, *rollouts):
+        return [r.rollout for r in analyse_rollouts(model, model, tokenizer, [*rollouts], contexts, CONFIG)]
 
-    assert [r.ids for r in found(CRITICS, right, wrong)] == [wrong]
-    assert found({"partial": Unsure()}, right, wrong) == [] and found(CRITICS) == []
-    other = tokens_of(tokenizer, *WRONG[1])
-    assert [r.ids for r in found({"any": Unsure()}, wrong, other)] == [other]
+    assert found(CONTEXTS, right, wrong) == [wrong] and found(CONTEXTS, right) == []
+    assert found({"partial": Unsure()}, right, wrong) == [] and found(CONTEXTS) == []
+    other = rollout(tokenizer, *WRONG[1])
+    assert found({"any": Unsure()}, wrong, other) == [other]
+    assert found({"partial": SymbolicCritic(), "other": Unsure()}, wrong, other) == [other]   # not under all
+    assert all(r.critique is None and r.teacher_prompt is None for r in (right, wrong, other))  # copies have
 
 
 def test_a_wrong_answer_in_a_box_after_right_steps_has_no_step_to_show(solver):
     """A language model's critique named the answer as the wrong step, and there was none: a traceback."""
     model, tokenizer = solver
     steps = "<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>"
-    boxed = SimpleNamespace(batch=lambda *of: [Critique("D", steps + "\n<answer> 122 </answer>", 2)])
-    assert look(model, model, tokenizer, [PROBLEM], [tokenizer.encode(steps)], [False], [0.0],
-                {"critique": boxed}, 1.1) == []
-
-
-def test_without_reference_solutions_there_is_no_ref(solver):
-    model, tokenizer = solver
-    bare = Problem("p", PROBLEM.problem, PROBLEM.answer)
-    rows = look(model, model, tokenizer, [bare], [tokens_of(tokenizer, *WRONG[0])], [False], [0.0],
-                CRITICS, 1.1)
-    assert list(rows[0].advantages()) == ["partial", "full", "omit", "grpo"]
+    boxed = SimpleNamespace(batch=lambda rollouts: [Critique("D", steps + "\n<answer> 122 </answer>", 2)])
+    assert analyse_rollouts(model, model, tokenizer, [rollout(tokenizer, [], "", text=steps)],
+                            {"critique": boxed}, CONFIG) == []
 
 
 def test_another_teacher_reads_and_the_student_stays(solver, rows):
@@ -222,24 +237,28 @@ def test_another_teacher_reads_and_the_student_stays(solver, rows):
     other, _ = load(EMBEDDED)
     with torch.no_grad():
         other.lm_head.weight.mul_(0)
-    r, = look(model, other, tokenizer, [PROBLEM], [rows[0].ids], [False], [0.0], CRITICS, 1.1)
-    np.testing.assert_allclose(r.logp["student"], rows[0].logp["student"], atol=1e-5)
-    np.testing.assert_allclose(r.logp["partial"], -np.log(tokenizer.vocab_size), atol=1e-5)
+    r, = analyse_rollouts(model, other, tokenizer, [rows[0].rollout], CONTEXTS, CONFIG)
+    np.testing.assert_allclose(r.rollout.logprobs, rows[0].rollout.logprobs, atol=1e-5)
+    np.testing.assert_allclose(r.views["partial"].logprobs, -np.log(tokenizer.vocab_size), atol=1e-5)
 
 
 def test_grpo_compares_a_rollout_with_its_group(solver, monkeypatch):
     model, tokenizer = solver
-    good, bad = tokens_of(tokenizer, WRONG[2][0], "122"), tokens_of(tokenizer, *WRONG[0])
+    good, bad = (rollout(tokenizer, *trace).completion for trace in ((WRONG[2][0], "122"), WRONG[0]))
     group = [good, bad, bad, bad] + [bad] * 4
     ids = torch.tensor([y + [0] * (max(map(len, group)) - len(y)) for y in group])
-    rollouts = Rollouts(ids, torch.tensor([len(y) for y in group]), torch.zeros_like(ids, dtype=torch.float),
-                        torch.zeros(8, dtype=torch.bool))
-    monkeypatch.setattr(advantage, "sample_in_parts", lambda *args: rollouts)
-    found = analyse(model, model, tokenizer, [PROBLEM, PROBLEM], CRITICS, samples=4)
-    np.testing.assert_allclose([r.grpo for r in found], [-1 / 3 ** 0.5] * 3 + [0] * 4, rtol=1e-5)
-    rollouts.logprobs[0] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        analyse(model, model, tokenizer, [PROBLEM, PROBLEM], CRITICS, samples=4)
+    sampled = Sampled(ids, torch.tensor([len(y) for y in group]), torch.zeros_like(ids, dtype=torch.float),
+                       torch.zeros(8, dtype=torch.bool))
+    monkeypatch.setattr("sd.rollouts.sample", lambda *args: sampled)
+    rollouts = sample_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 4, CONFIG, "test")
+    feedback("grpo", rollouts, 4, None, tokenizer, 0)
+    found = analyse_rollouts(model, model, tokenizer, rollouts, CONTEXTS, CONFIG)
+    for row, expected in zip(found, [-1 / 3 ** 0.5] * 3 + [0] * 4, strict=True):
+        np.testing.assert_allclose(row.advantage("grpo"), [expected] * len(bad), rtol=1e-5)
+        assert row.rollout.completion == bad
+    sampled.logprobs[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 4, CONFIG, "test")
 
 
 def data_of(html):
@@ -250,16 +269,17 @@ def data_of(html):
 def evil(rows):
     """The page of rows one of which has markup in a token, a context, its problem and a context's name."""
     bad = row(kinds="bueaa", partial=[0.1, 0.2, -4, 0, 0], **{"<b>&": [0.0] * 5})
-    bad.pieces[2] = bad.contexts["partial"] = EVIL
-    bad.problem = Problem("evil", EVIL, EVIL)
-    return page([bad], summarise([bad]), FACTS | {"folder": EVIL})
+    bad.pieces[2] = EVIL
+    bad.views["partial"].critique = Critique("D", EVIL, 0)
+    bad.rollout.problem = Problem("evil", EVIL, EVIL)
+    return page([bad], summarise([bad]), EVIL)
 
 
 def test_markup_in_a_rollout_stays_text(evil):
     data = json.loads(data_of(evil))
     shown = data["rollouts"][0]
-    assert (shown["tokens"][2] == shown["contexts"]["partial"] == shown["problem"]
-            == data["facts"]["folder"] == EVIL)
+    assert (shown["pieces"][2] == shown["views"]["partial"]["critique"] == shown["rollout"]["problem"]
+            == data["about"] == EVIL)
     assert ("alert(1)</" not in evil and "<script>alert" not in evil
             and "\u2028" not in evil and "<b>" not in evil)
     assert not set("<>&") & set(data_of(evil))
@@ -271,12 +291,13 @@ def test_markup_in_a_rollout_stays_text(evil):
             in template)
 
 
-def test_the_page_shows_a_rollout_of_twelve_problems_at_most():
-    many = [row(str(i // 2), grpo=-float(i == 30), partial=[0, 0, 0, -1, 0, i]) for i in range(60)]
-    shown = json.loads(data_of(page(many, summarise(many), FACTS)))["rollouts"]
-    assert len(shown) == 12 and shown[0]["grpo"] == -1 and all(r["grpo"] == 0 for r in shown[1:])
-    few = json.loads(data_of(page(many[:3], summarise(many[:3]), FACTS)))["rollouts"]
-    assert len(few) == 2
+def test_the_page_shows_twelve_rollouts_at_most_spread_over_all():
+    many = [row(str(i), grpo=-float(i), partial=[0, 0, 0, -1, 0, i]) for i in range(60)]
+    shown = json.loads(data_of(page(many, summarise(many), ABOUT)))["rollouts"]
+    assert [r["rollout"]["advantage"] for r in shown] == [-5.0 * i for i in range(12)]
+    for count in (1, 3, 12, 13, 25):
+        few = json.loads(data_of(page(many[:count], summarise(many[:count]), ABOUT)))["rollouts"]
+        assert min(count, 7) <= len(few) <= 12 and few[0]["rollout"]["advantage"] == 0
 
 
 def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
@@ -289,16 +310,23 @@ def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
             assert kind in labels and name in labels
             assert "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**of[kind]).replace("-", "\u2212") in labels
     bars = [r for r in svg.findall("s:rect", space) if r.get("class") != "card"]
-    assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"above", "below"}
+    assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"blue", "orange"}
     widths = {kind: float(bars[5 * i].get("width")) for i, kind in enumerate(KINDS)}        # partial
     assert (widths["first wrong token"] == max(widths.values())
             and any("logarithmic" in label for label in labels))
-    zero, = [p for p in svg.findall("s:path", space) if p.get("class") == "zero"]
+    zero, = [p for p in svg.findall("s:path", space) if p.get("class") == "zero grey"]
     at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
-    for r in bars:
+    whiskers = [p.get("d") for p in svg.findall("s:path", space) if p.get("class") == ""]
+    means = [of[kind] for kind in KINDS for of in summary.values()]
+    whole = np.log1p(20 / 0.1) + np.log1p(1 / 0.1)              # from -20 to 1, in 236 pixels
+    for r, d, m in zip(bars, whiskers, means, strict=True):
         left, right = float(r.get("x")), float(r.get("x")) + float(r.get("width"))
-        assert (left if r.get("class") == "above" else right) == pytest.approx(at, abs=1.1)
-        assert 84 <= left and right <= 308
+        assert (r.get("class") == "blue") == (m["mean"] > 0)
+        assert (left if m["mean"] > 0 else right) == pytest.approx(at, abs=0.2)
+        low, high = map(float, re.match(r"M([\d.]+) .*L([\d.]+) ", d).groups())
+        assert 83.9 <= low <= (right if m["mean"] > 0 else left) + 0.1 <= high + 0.2 <= 320
+        scaled = np.log1p(abs(m["mean"]) / 0.1)
+        assert abs(left - right) == pytest.approx(236 * scaled / whole, abs=0.2)
 
 
 def browse(html, tmp_path, script=""):
@@ -317,10 +345,10 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 
 @needs_chromium
 def test_a_browser_renders_every_token_in_every_context(rows, tmp_path):
-    dom = browse(page(rows[1:2], summarise(rows), FACTS), tmp_path)
+    dom = browse(page(rows[1:2], summarise(rows), ABOUT), tmp_path)
     assert "data-error" not in dom and "first wrong token" in dom
     cells = re.findall(r'<td class="([^"]*)" role="gridcell" tabindex="(-?\d)" aria-label="([^"]*)"', dom)
-    assert len(cells) == 5 * len(rows[1].ids) and [c[1] for c in cells].count("0") == 1
+    assert len(cells) == 5 * len(rows[1].pieces) and [c[1] for c in cells].count("0") == 1
     chosen, = [label for _, tabindex, label in cells if tabindex == "0"]
     assert chosen.startswith(f"partial, token {rows[1].first + 1} “2” (first wrong token): A = −")
     assert f">{unescape(chosen)}</p>" in unescape(dom)              # the line below says what the cell is
@@ -354,13 +382,13 @@ def test_arrow_keys_move_between_tokens_and_buttons_between_rollouts(tmp_path):
       document.getElementById("before").click();
       seen.push(document.getElementById("choose").value);
       document.documentElement.dataset.seen = JSON.stringify(seen);""")
-    dom = browse(page(many, summarise(many), FACTS), tmp_path, visitor)
+    dom = browse(page(many, summarise(many), ABOUT), tmp_path, visitor)
     assert "data-error" not in dom
     seen = json.loads(unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
     assert [re.match(r"(\w+), token (\d)", s).groups() for s in seen[:-1]] == [
         ("partial", "4"), ("partial", "5"), ("ref", "5"), ("ref", "1"), ("ref", "1"), ("ref", "6"),
         ("grpo", "6"), ("grpo", "6"), ("ref", "6")]
-    assert "A = −3.000; teacher 0.0183, student 0.368" in seen[0] and seen[-1] == "2"   # from first to last
+    assert "A = −1.000; teacher 0.135, student 0.368" in seen[0] and seen[-1] == "2"   # from first to last
 
 
 @needs_chromium
@@ -385,11 +413,13 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
                            *[x for f in files for x in (f"--{f.suffix[1:]}", f)])
     assert status == 0 and err == ""
     numbers = json.loads(files[0].read_text())
-    assert (numbers["problems"], numbers["samples"], numbers["split"], numbers["seed"]) == (6, 4, "val", 3)
+    tokens = numbers["contexts"]["partial"]["first wrong token"]["tokens"]
+    assert numbers["about"] == out.splitlines()[0] == (
+        f"student the embedded solver, teacher the embedded solver: {tokens} wrong rollouts "
+        "of 6 val problems, 4 rollouts each, temperature 1.1, seed 3")
     assert list(numbers["contexts"]) == ["partial", "full", "omit", "ref", "grpo"]
     partial = numbers["contexts"]["partial"]
-    assert (partial["first wrong token"]["mean"] < -2
-            and partial["first wrong token"]["tokens"] == numbers["wrong"])
+    assert partial["first wrong token"]["mean"] < -2
     for name, of in numbers["contexts"].items():
         line, = [line for line in out.splitlines() if line.startswith(name + " ")]
         assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
@@ -412,18 +442,18 @@ def test_problems_of_ones_own_and_a_critic_behind_a_server(capsys, monkeypatch, 
                                tmp_path / "served.json", "--critic",
                                f"http://127.0.0.1:{server.server_port}/v1#scribe")
         server.shutdown()
-    assert status == 0 and f"of 6 {tmp_path}/mine.jsonl problems" in out, err
+    assert status == 0 and "of 6 mine problems" in out, err
     assert run(capsys, monkeypatch, *options, "--json", tmp_path / "exact.json")[0] == 0
     served, exact = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("served", "exact"))
-    assert list(served["contexts"]) == ["critique", "grpo"] and served["wrong"] == exact["wrong"]
+    assert list(served["contexts"]) == ["critique", "grpo"]
     assert served["contexts"]["critique"] == exact["contexts"]["partial"]
 
 
 @pytest.mark.parametrize("args, fact", [
-    (["nowhere"], "nowhere"), (["--teacher", "nowhere"], "nowhere"), (["--samples", "1"], "--samples"),
+    (["nowhere"], "nowhere"), (["--teacher", "nowhere"], "nowhere"), (["--samples", "0"], "--samples"),
     (["--temperature", "0"], "--temperature"), (["--problems", "0"], "--problems"),
-    (["--split", "all"], "--split"), (["--split", "test", "--data", "mine.jsonl"], "--split"),
-    (["--max-new-tokens", "3", "--problems", "2"], "no wrong rollout"),
+    (["--critic-tokens", "0"], "--critic-tokens"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--max-new-tokens", "3", "--problems", "2"], ": 0 wrong rollouts"),
 ])
 def test_what_cannot_be_done_is_said_in_a_sentence(args, fact, capsys, monkeypatch):
     status, out, err = run(capsys, monkeypatch, *args)

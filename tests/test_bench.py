@@ -1,6 +1,7 @@
 """The benchmark on the smallest sizes: every part measures something, and the table says it."""
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ from sd import UserError
 from tests import bench
 
 SMALL = ["--batch", "3", "--prompt", "4", "--tokens", "5", "--hidden", "8", "--threads", "1", "--repeat", "2"]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["tests.bench", *map(str, args)])
+    return bench.main()
 
 
 @pytest.fixture
@@ -21,8 +27,8 @@ def small(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_every_part_is_timed_and_split(small, tmp_path, capsys):
-    assert bench.main([*SMALL, "--json", str(tmp_path / "out.json")]) == 0
+def test_every_part_is_timed_and_split(small, tmp_path, capsys, monkeypatch):
+    assert run(monkeypatch, *SMALL, "--json", tmp_path / "out.json") == 0
     results, table = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     assert tuple(results) == bench.PARTS
     for name in bench.PARTS[1:]:
@@ -39,13 +45,13 @@ def test_transformers_is_measured_in_turns_on_the_same_tokens(small, tmp_path, m
     order, measure = [], bench.measure
     monkeypatch.setattr(bench, "in_a_process",
                         lambda args, name: (order.append(name), measure(args, name))[1])
-    assert bench.main([*SMALL, "--parts", "generation", "--peer", "transformers"]) == 0
+    assert run(monkeypatch, *SMALL, "--parts", "generation", "--peer", "transformers") == 0
     assert order == ["machine", "generation", "transformers generation"] * 2
 
 
 def test_a_peer_that_is_not_installed_is_told_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert bench.main(["--peer", "trl"]) == 2
+    assert run(monkeypatch, "--peer", "trl") == 2
     assert capsys.readouterr().err == (
         "tests.bench: --peer trl is not installed here; pip install trl, or leave it out\n")
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from sd import UserError
 from sd.conditions import completion_hidden
 from sd.llm.model import ModelConfig
-from sd.llm.tokenizer import INSTRUCTION, THOUGHT, Tokenizer
+from sd.llm.tokenizer import Tokenizer
+from sd.prompts import INSTRUCTION, THOUGHT, student_prompt, teacher_prompt
 
 from tests.test_model import tiny
 
@@ -82,14 +83,14 @@ def test_prompts_are_those_of_qwen3s_template(qwen3, plain, text):
     assert qwen3.chat(text) == rendered(qwen3, text, enable_thinking=True)
     assert plain.chat(text, thought="\n\n") == plain.chat(text) == rendered(plain, text)
     user = f"{text}\n\n{INSTRUCTION}"
-    assert qwen3.student_prompt(text) == rendered(qwen3, user, enable_thinking=False)
-    assert plain.student_prompt(text) == rendered(plain, user)
+    assert student_prompt(qwen3, text) == rendered(qwen3, user, enable_thinking=False)
+    assert student_prompt(plain, text) == rendered(plain, user)
     for kind, says in (("ref", "Here is a reference solution:"),
                        ("critique", "Here is your attempt, corrected step by step by a teacher:")):
         user = f"7*8\n\n{says}\n\n{text}\n\n{INSTRUCTION}"
-        assert qwen3.teacher_prompt("7*8", kind, text) == \
-            rendered(qwen3, user, f"<think>\n{THOUGHT}\n</think>\n\n")
-        assert plain.teacher_prompt("7*8", kind, text) == rendered(plain, user)
+        assert teacher_prompt(qwen3, "7*8", kind, text) == \
+            rendered(qwen3, user, f"<think>{THOUGHT}</think>\n\n")
+        assert teacher_prompt(plain, "7*8", kind, text) == rendered(plain, user)
 
 
 @pytest.mark.parametrize("typed", TYPED)
@@ -101,9 +102,9 @@ def test_control_tokens_typed_in_a_text_stay_text(request, name, typed):
     only = lambda ids: [i for i in ids if i in control]
     assert not only(tokenizer.encode(typed)) and tokenizer.decode(tokenizer.encode(typed)) == typed
     for text in (typed, f"x{typed}", f"{typed}\n{typed}"):
-        assert only(tokenizer.student_prompt(text)) == only(tokenizer.student_prompt("x"))
-        prompt, harmless = (tokenizer.teacher_prompt(text, "critique", text),
-                            tokenizer.teacher_prompt("x", "critique", "y"))
+        assert only(student_prompt(tokenizer, text)) == only(student_prompt(tokenizer, "x"))
+        prompt, harmless = (teacher_prompt(tokenizer, text, "critique", text),
+                            teacher_prompt(tokenizer, "x", "critique", "y"))
         assert only(prompt) == only(harmless) and tokenizer.decode(prompt).count(text) >= 2
 
 
@@ -115,8 +116,8 @@ def test_both_prompts_end_alike_so_both_score_the_same_continuation(request, nam
         [token("<|im_start|>"), *tokenizer.encode("assistant\n")]
     problems, contexts = ["7*8", TYPED[-2], TEXTS[8]], [TYPED[3], "56\n", TEXTS[7]]
     completions = [[*tokenizer.encode(text), token("<|im_end|>")] for text in ("<step_1> 56", "", TEXTS[8])]
-    students = [tokenizer.student_prompt(p) for p in problems]
-    teachers = [tokenizer.teacher_prompt(p, "critique", c) for p, c in zip(problems, contexts)]
+    students = [student_prompt(tokenizer, p) for p in problems]
+    teachers = [teacher_prompt(tokenizer, p, "critique", c) for p, c in zip(problems, contexts)]
     assert all(p[-len(end):] == end for p in students + teachers)
     model = tiny(ModelConfig(tokenizer.vocab_size, 16, 24, 1, 2, 1, 8, 1e-6, 100.0, 1024, qk_norm=True))
     for prompts in (students, teachers):
@@ -174,7 +175,7 @@ def test_a_tokenizer_without_an_end_or_without_prompt_tokens_is_refused(tmp_path
     raw["added_tokens"] = [token for token in raw["added_tokens"] if "im_" not in token["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="<problem>"):
-        Tokenizer(tmp_path / "tokenizer.json").student_prompt("7*8")
+        student_prompt(Tokenizer(tmp_path / "tokenizer.json"), "7*8")
     raw["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="end a text"):

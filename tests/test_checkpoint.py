@@ -1,5 +1,6 @@
 """Folders that transformers wrote, and what a config may ask for that is refused by name."""
 import json
+import resource
 import struct
 from dataclasses import asdict
 from shutil import copy
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd import UserError
-from sd.llm.checkpoint import load, read_config, save_model
+from sd.llm.checkpoint import LARGEST, load, read_config, save_model
 from sd.llm.model import RopeScaling
 from sd.llm.sampling import sample
 from sd.problems import EMBEDDED
@@ -102,18 +103,16 @@ def test_shards_give_the_same_weights_and_files_outside_the_index_are_ignored(tm
         load(folder)
 
 
-def test_bfloat16_weights_are_widened_without_loss_and_saved_under_their_type(tmp_path):
+def test_bfloat16_weights_are_widened_without_loss_and_saved_as_float32(tmp_path):
     other, _ = peer("Qwen3", False, torch.bfloat16)
     model, _ = load(save(other, tmp_path / "half"))
     assert all(torch.equal(model.state_dict()[name], value.float())
                for name, value in other.state_dict().items())
-    for dtype in ("float32", "bfloat16"):
-        weights = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
-        save_model(tmp_path / dtype, weights, tmp_path / "half")
-        written = json.loads((tmp_path / dtype / "config.json").read_text())
-        assert written["dtype"] == dtype and "torch_dtype" not in written
-        tensors = load_file(tmp_path / dtype / "model.safetensors")
-        assert {str(t.dtype) for t in tensors.values()} == {f"torch.{dtype}"}
+    save_model(tmp_path / "saved", model.state_dict(), tmp_path / "half")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["dtype"] == "float32" and "torch_dtype" not in written
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {str(t.dtype) for t in tensors.values()} == {"torch.float32"}
 
 
 # From here on without transformers: config.json by hand.
@@ -147,8 +146,7 @@ REFUSED = {
     "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
     "linear, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-    "llama3 without a factor": ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor"),
-    "llama3, frequencies swapped": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 8.0}}, "low_freq_factor"),
+    "llama3 without a factor": ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0}}, "factor"),
     "mixture of experts": ({"model_type": "qwen3_moe"}, "model_type"),
     "quantised": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config"),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
@@ -157,8 +155,8 @@ REFUSED = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "partial rotary, new spelling": ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}},
                                      "partial_rotary_factor"),
-    "positions per kind of layer": ({"rope_scaling": {"full_attention": LLAMA3}}, "rope"),
-    "positions not an object": ({"rope_scaling": "llama3"}, "rope"),
+    "positions per kind of layer": ({"rope_scaling": {"full_attention": LLAMA3}}, "kind of layer"),
+    "positions not an object": ({"rope_scaling": "llama3"}, "config.json"),
     "layer types not a list": ({"layer_types": 7}, "layer_types"),
     "fewer key heads than fit": ({"num_key_value_heads": 4}, "num_key_value_heads"),
     "odd head": ({"head_dim": 7}, "head_dim"),
@@ -181,7 +179,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     {"head_dim": 2 ** 15, "num_attention_heads": 2 ** 14, "hidden_size": 2 ** 14}])
 def test_absurd_sizes_are_refused_before_a_model_is_made(tmp_path, change, monkeypatch):
     monkeypatch.setattr("sd.llm.checkpoint.Transformer", lambda config: pytest.fail("made a model"))
-    with pytest.raises(UserError, match="no real model"):
+    with pytest.raises(UserError, match=f"config.json.*({'|'.join(change)}) must be"):
         load(folder_of(tmp_path, OLD | change))
 
 
@@ -222,6 +220,16 @@ def written(tmp_path):
 def test_all_files_of_a_folder_have_the_users_permissions(written):
     """safetensors replaces the file with one only its owner can read: colleagues could not open the model."""
     assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
+def test_a_config_for_more_memory_than_there_is_takes_none(written):
+    """The sizes are the largest that are believed; the weights in the folder are small."""
+    raw = json.loads((written / "config.json").read_text())
+    (written / "config.json").write_text(json.dumps(raw | LARGEST | {"num_hidden_layers": 2}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="model.safetensors.*config.json asks for"):
+        load(written)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000     # KiB
 
 
 def index(folder, files):

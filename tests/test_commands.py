@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +23,8 @@ from sd.metrics import Scores
 from sd.run.ranks import Ranks
 from sd.run.runs import RunFolder
 from sd.problems import EMBEDDED
+from tests.conftest import ROOT, Trainer, few_problems
 
-ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 SHORT = ["--steps", "2", "--eval-every", "1", "--eval-samples", "1", "--batch", "4", "--lr", "1e-3"]
 
@@ -55,11 +54,19 @@ def refused(result, *facts):
 
 
 def ahead(base):
-    """name -> (folder, result)"""
+    """name -> (folder, result); `again` in a Python of its own, with other hashes of strings."""
     jobs = {"grpo": ["--cond", "grpo"], "ref": ["--cond", "ref"], "critique": ["--cond", "critique"],
             "again": ["--cond", "critique"], "seed 1": ["--cond", "critique", "--seed", "1"]}
-    return {name: (base / name, command("train.py", *args, *SHORT, "--out", base / name))
-            for name, args in jobs.items()}
+    trainer, results = Trainer(base), {}
+    for name, args in jobs.items():
+        args = [*args, *SHORT, *trainer.data, "--out", base / name]
+        if name == "again":
+            results[name] = base / name, command("train.py", *args)
+        else:
+            code, text = trainer(args)
+            results[name] = base / name, subprocess.CompletedProcess(args, code, text, text)
+    trainer.close()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,8 @@ def test_a_run_writes_its_folder_and_both_checkpoints_load(runs, cond):
     folder, result = runs[cond]
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best", "config.json", "last", "metrics.jsonl", "report.html", "rollouts.jsonl",
-        "state-1.safetensors", "state-2.safetensors"]
+        "best", "config.json", "last", "lock", "metrics.jsonl", "report.html", "rollouts.jsonl",
+        "state-000001.safetensors", "state-000002.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["cond"], config["steps"], config["lr"], config["out"]) == (cond, 2, 1e-3, str(folder))
     trained = [row for row in rows(folder) if "loss" in row]
@@ -93,9 +100,8 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
     folder, _ = runs[cond]
     validated = [(row["step"], row["val_avg@1"]) for row in rows(folder) if "val_avg@1" in row]
     assert [step for step, _ in validated] == [0, 1, 2]
-    step, avg = max(validated, key=lambda row: (row[1], -row[0]))       # the first of equals
-    assert (metadata(folder / "best")["step"] == str(step)
-            and float(metadata(folder / "best")["val_avg"]) == avg)
+    step, _ = max(validated, key=lambda row: (row[1], -row[0]))         # the first of equals
+    assert metadata(folder / "best")["step"] == str(step)
     source = {0: EMBEDDED, 2: folder / "last"}.get(step)
     if source:
         same, best = load_file(source / "model.safetensors"), load_file(folder / "best/model.safetensors")
@@ -109,8 +115,8 @@ def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
     for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
         with torch.no_grad():
             student.model.norm.weight.fill_(step)
-        run.evaluated(step, Scores(*[np.array([score])] * 3, np.ones((1, 1)), np.zeros((1, 1))))
-    assert metadata(run.path / "best")["step"] == "1" and float(metadata(run.path / "best")["val_avg"]) == 30
+        run.evaluated(step, Scores(1, *[np.array([score])] * 3, 1.0, 0.0))
+    assert metadata(run.path / "best")["step"] == "1"
     assert set(load_file(run.path / "best/model.safetensors")["model.norm.weight"].tolist()) == {1.0}
 
 
@@ -125,12 +131,12 @@ def test_the_seed_determines_a_run(runs):
 @pytest.mark.parametrize("context", [None, "ref", "critique"])
 def test_eval_prints_and_writes_the_metrics(runs, tmp_path, context, here):
     file, folder = tmp_path / "numbers.json", runs["ref"][0] / "last"
-    result = here("eval.py", folder, "--split", "val", "--samples", 1, "--json", file,
+    result = here("eval.py", folder, "--test", EMBEDDED / "val.jsonl", "--samples", 1, "--json", file,
                      *(["--context", context] if context else []))
     assert result.returncode == 0, result.stderr
     numbers = json.loads(file.read_text())
     assert (numbers["problems"], numbers["samples"], numbers["context"]) == (100, 1, context)
-    assert (numbers["folder"], numbers["split"], numbers["seed"]) == (str(folder), "val", 0)
+    assert (numbers["folder"], numbers["test"], numbers["seed"]) == (str(folder), str(EMBEDDED / "val.jsonl"), 0)
     for name in ("avg@1", "maj@1", "pass@1"):
         assert 0 <= numbers[name]["low"] <= numbers[name]["mean"] <= numbers[name]["high"] <= 100
         assert f"{name.capitalize()}" in result.stdout and f"{numbers[name]['mean']:6.2f}" in result.stdout
@@ -183,7 +189,7 @@ def here(monkeypatch, capsys):
 
 def test_eval_of_several_checkpoints_gives_mean_and_spread(runs, here, tmp_path):
     folders = [runs[name][0] / "last" for name in ("critique", "seed 1")]
-    result = here("eval.py", *folders, "--split", "val", "--samples", 1, "--json", tmp_path / "n.json")
+    result = here("eval.py", *folders, "--test", EMBEDDED / "val.jsonl", "--samples", 1, "--json", tmp_path / "n.json")
     first, second = (row["avg@1"]["mean"] for row in json.loads((tmp_path / "n.json").read_text()))
     mean, spread = re.search(r"over 2 checkpoints\n  Avg@1 +([\d.]+) ± ([\d.]+)", result.stdout).groups()
     assert float(mean) == pytest.approx((first + second) / 2, abs=0.01)
@@ -202,9 +208,6 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     refused(here("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"),
             str(folder), fact)
     refused(here("eval.py", folder, "--samples", 1, "--json", kept), str(folder), fact)
-    if name == "truncated":     # once more as the user does it
-        refused(command("train.py", "--cond", "ref", *SHORT, "--model", folder, "--out", tmp_path / "out"),
-                fact)
     assert not (tmp_path / "out").exists() and kept.read_text() == "old"
 
 
@@ -220,13 +223,10 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["eval.py", "--device", "mps"], "--device"),
     (["train.py", "--cond", "ref", "--device", "cuda:99"], "--device"),
     (["train.py", "--cond", "ref", "--seed", "9" * 20], "--seed"),
-    (["train.py", "--cond", "ref", "--plan", "--device", "mps"], "--device"),
-    (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens 600"),
+    (["train.py", "--cond", "ref", "--device", "mps"], "--device"),
+    (["train.py", "--cond", "ref", "--max-new-tokens", "600"], "--max-new-tokens"),
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
     (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
-    (["train.py", "--preset", "paper", "--cond", "ref", "--plan"], "needs --model"),
-    (["train.py", "--preset", "paper", "--cond", "ref", "--model", "sd/task/assets"], "--data and --val"),
-    (["eval.py", "--split", "val", "--test", "sd/task/assets/val.jsonl"], "--split"),
     (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),
@@ -237,9 +237,8 @@ def test_an_option_that_makes_no_sense_is_refused(args, fact, tmp_path, here):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("args", [["--cond", "ref", "--nonsense"], ["--cond", "ref", "--lr", "-1"]])
-def test_bad_options_end_the_process_with_status_2(args, tmp_path):
-    refused(command("train.py", *args, "--out", tmp_path / "out"))
+def test_a_bad_option_ends_the_process_with_status_2(tmp_path):
+    refused(command("train.py", "--cond", "ref", "--lr", "-1", "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -266,11 +265,12 @@ def test_without_disk_space_training_says_so_and_leaves_no_half_file(tmp_path):
 
 
 def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
+    few_problems(tmp_path)
     file = tmp_path / "numbers.json"
     file.write_text("old")
-    refused(command("eval.py", "--split", "val", "--samples", 1, "--json", file, before=no_space(64)),
-            str(file))
-    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
+    refused(command("eval.py", "--test", tmp_path / "val.jsonl", "--samples", 1, "--json", file,
+                    before=no_space(64)), str(file))
+    assert file.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("cond", ["ref", "grpo"])
@@ -279,7 +279,8 @@ def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
     folder = broken(tmp_path, "nan")
     result = here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert re.match(r"train\.py: step 1: ", result.stderr) and result.stderr.count("\n") == 1
+    resume, told = result.stderr.splitlines()
+    assert resume.startswith("after step 0; go on with: ") and told.startswith("train.py: the solver's prob")
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
@@ -289,9 +290,9 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
 def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
     """A prompt with room for the student's tokens alone, a problem the symbolic critic cannot read, …"""
     for cond, problem, other, told in (
-            ("ref", "1" * 430, "2*3", "433 tokens"), ("critique", "7*8*9", "2*3", "critic cannot read it"),
+            ("ref", "1" * 430, "2*3", "433 tokens"), ("critique", "7*8*9", "2*3", "critic reads only sums"),
             ("grpo", "How many are 3 and 4?", "2*3", "does not know all characters"),
-            ("grpo", "2*3", "2*3", "in both --data and --val, the first is '2*3'")):
+            ("grpo", "2*3", "2*3", "in both --data and --val, such as '2*3'")):
         for split, text in (("data", problem), ("val", other)):
             row = {"problem": text, "answer": "1", "solution": "1"}
             (tmp_path / split).write_text(json.dumps(row) + "\n")
@@ -302,10 +303,10 @@ def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, 
             "--critic self needs a chat model")
 
 
-def test_a_diverging_run_names_the_step(tmp_path, here):
+def test_a_diverging_run_ends_and_names_the_step(tmp_path, here):
     result = here("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4,
-                  "--lr", "1e30", "--out", tmp_path / "out")
+                  "--lr", "1e15", "--out", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    step = int(re.match(r"train\.py: step (\d): ", result.stderr)[1])
-    assert 2 <= step <= 5
-    assert [row["step"] for row in rows(tmp_path / "out") if "loss" in row] == list(range(1, step))
+    step = int(re.match(r"after step (\d); go on with: .*\ntrain\.py: .*not finite", result.stderr)[1])
+    assert 1 <= step <= 4
+    assert [row["step"] for row in rows(tmp_path / "out") if "loss" in row] == list(range(1, step + 1))

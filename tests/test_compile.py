@@ -1,6 +1,5 @@
-"""Packed, compiled, captured: the plain form's numbers, one compilation for any length, no wait per token."""
+"""Packed, compiled, captured: the plain form's numbers, a graph per size, no wait per token."""
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 import sd.llm.compile
 import sd.llm.sampling
 from sd import UserError, losses
-from sd.llm.compile import (NUMBERED, Captured, Packed, check_compile, fused, narrowed, next_logits, packed,
-                        padded, prepared)
-from sd.llm.lora import add_lora, switch
+from sd.llm.compile import Captured, Packed, check_compile, compiled, next_logits, prepared
+from sd.llm.lora import add_lora, switch_off
 from sd.llm.model import Cache, ModelConfig, Transformer
 from sd.llm.sampling import CHECK_EVERY, draw, sample, uniforms
 
@@ -29,8 +27,8 @@ CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hi
 EOS, LIMIT = (3, 5), 24
 PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator().manual_seed(n))]
            for n in (2, 9, 1, 5, 12)]
-LOSSES = ["grpo", *losses.DIVERGENCES]
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+LOSSES = ["grpo", "forward", "reverse", "jsd", "sampled"]
+OPTIONS = (1.2, 0.3)        # temperature, beta
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +53,12 @@ def with_adapter(model):
     return model
 
 
-def sampled(model, prompts, tokens, compile=False, plain=False):
-    """Rollouts, with the decode step as this device has it, compiled, or just as the model computes it."""
+def sampled(model, compile=False, plain=False):
+    """Sampled, with the decode step as this device has it, captured, or just as the model computes it."""
     with pytest.MonkeyPatch.context() as patch:
         if plain:
             patch.setattr(sd.llm.sampling, "prepared", lambda model, rows, tokens: model)
-        return sample(model, prompts, EOS, tokens, 1.3, 2, uniforms(2 * len(prompts), tokens, 1), compile)
+        return sample(model, PROMPTS, EOS, LIMIT, 1.3, 2, uniforms(10, LIMIT, 1), compile)
 
 
 def assert_same(one, other):
@@ -92,81 +90,81 @@ def test_weights_are_packed_where_that_pays_and_works(model, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_weights_sample_the_same_rollouts(tied, pack_all):
     model = tiny(replace(CONFIG, tie_word_embeddings=tied))
-    plain = sampled(model, PROMPTS, LIMIT, plain=True)
+    plain = sampled(model, plain=True)
     assert plain.lengths.min() <= CHECK_EVERY < plain.lengths.max()         # so rows are dropped on the way
-    assert_same(sampled(model, PROMPTS, LIMIT), plain)
+    assert_same(sampled(model), plain)
+    for p in model.parameters():                # a step of training: what was packed before is stale
+        p.data.mul_(1.1)
+    assert_same(sampled(model), sampled(model, plain=True))
 
 
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype):
+def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype, monkeypatch):
     model = with_adapter(tiny(CONFIG).to(dtype))
-    switch(model, on)
+    if not on:
+        switch_off(model)
 
     def logits(form):
-        cache = Cache(CONFIG, 5, 4, model.lm_head.weight)
+        cache = Cache(CONFIG, 5, 4, form.model.embed_tokens.weight)
         with torch.no_grad():
-            return next_logits(form, torch.arange(5), cache, torch.zeros(5, dtype=torch.long), 1)
-    assert torch.equal(logits(model), logits(narrowed(model)))      # a cast before is the cast at every token
+            return next_logits(form, cache, torch.arange(5), torch.zeros(5, dtype=torch.long), 1)
+    unpacked = prepared(model, 5, 16)
+    assert not has_packed(unpacked) and {p.dtype for p in unpacked.parameters()} == {dtype}
+    assert torch.equal(logits(model), logits(unpacked))     # a cast before is the cast at every token
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN packs no bfloat16 on this processor")
-    torch.testing.assert_close(logits(model), logits(packed(model, 5)),
+    monkeypatch.setattr(sd.llm.compile, "PACK_WEIGHTS", 0)
+    packed = prepared(model, 5, 16)
+    assert has_packed(packed)
+    torch.testing.assert_close(logits(model), logits(packed),
                                atol=1e-5 if dtype == torch.float32 else 0.5, rtol=0.02)
-    assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()}
-               for p in packed(model, 5).parameters())
-
-
-@needs_compiler
-@pytest.mark.parametrize("pack", [False, True])
-def test_one_compilation_of_the_decode_step_serves_all_lengths_and_batches(pack, request):
-    model = tiny(replace(CONFIG, num_hidden_layers=1))
-    if pack:
-        request.getfixturevalue("pack_all")
-        with_adapter(model)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for prompts, tokens in ((PROMPTS, LIMIT), (PROMPTS[:2], 7), (PROMPTS[1:], 40), (PROMPTS[:2], LIMIT)):
-            assert_same(sampled(model, prompts, tokens, compile=True),
-                        sampled(model, prompts, tokens, plain=True))
-            for p in model.parameters():                # a step of training: what was packed before is stale
-                p.data.mul_(1.1)
-    assert not NUMBERED                                 # no weights outlive their sampling call
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", ["grpo", "jsd"])
-def test_a_compiled_loss_has_the_same_values_and_gradients_and_compiles_once(name):
-    torch._dynamo.reset()
-    plain = losses.of_logits(name, 0.3, 1.2)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (6, 1, 3, 11):
-            compare(fused(plain, "cpu"), plain, name, rows)
-
-
-def test_no_number_of_rows_is_one_too_many_to_compile_for_cuda():
-    """Nine powers of two were more than torch.compile allows, and the run ended at the first lone row."""
-    torch._dynamo.reset()
-    plain = losses.of_logits("forward", 0.5, 1.0)
-    for rows in (*(2 ** i + 1 for i in range(1, 13)), 1, 2):
-        compare(fused(plain, "cuda"), plain, "forward", rows)   # that backend leaves CPU tensors as they are
+    assert all(p.data_ptr() in {q.data_ptr() for q in model.parameters()} for p in packed.parameters())
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_pads_change_nothing(name):
-    seen, plain = [], losses.of_logits(name, 0.3, 1.2)
-    for rows in (1, 3, 4, 11):
-        compare(padded(lambda *inputs: (seen.append([len(x) for x in inputs]), plain(*inputs))[1],
-                       lambda n: n + n % 4), plain, name, rows)
-    assert seen == [[n] * 3 for n in (2, 6, 4, 14)]
+def test_a_compiled_loss_has_the_same_values_and_gradients_for_any_number_of_rows(name):
+    torch._dynamo.reset()
+    for rows in (1, 32, 33, 5):
+        compare(compiled(losses.token_loss), name, rows)    # that backend leaves CPU tensors as they are
 
 
-def compare(one, other, name, rows):
+def test_no_number_of_rows_is_one_too_many_to_compile():
+    """Nine powers of two were more than torch.compile allows, and the run ended at the first lone row."""
+    torch._dynamo.reset()
+    for rows in (*(2 ** i + 1 for i in range(4, 13)), 1):
+        compare(compiled(losses.token_loss), "grpo", rows)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_one_graph_of_tensors_alone_for_all_rows_up_to_a_power_of_two(name, monkeypatch):
+    """A number as an input would be a tensor on the CPU, and nothing would be captured on CUDA."""
+    torch._dynamo.reset()
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([tuple(x.shape) for x in inputs])
+        return graph.forward
+
+    def recording(function, **options):
+        assert options.pop("backend") == "cudagraphs" and options["fullgraph"]
+        return compile(function, backend=backend, **options)
+    monkeypatch.setattr(torch, "compile", recording)
+    loss = compiled.__wrapped__(losses.token_loss)
+    for rows in (1, 5, 32, 33, 64, 17, 60):
+        compare(loss, name, rows)
+    shapes = [(9,), () if name == "grpo" else (9,), ()][:3 if name in ("grpo", "sampled") else 2]
+    assert graphs == [[(rows, *shape) for shape in shapes] for rows in (32, 64)]
+
+
+def compare(loss, name, rows):
+    """`loss` against the plain one, and its gradients with a weight of its own for each row."""
     draws = torch.Generator().manual_seed(rows)
-    logits, teacher = torch.randn(2, rows, 9, generator=draws) * 3
-    teacher, ids = teacher[:, 0] if name == "grpo" else teacher, torch.randint(9, (rows,), generator=draws)
+    logits, target = torch.randn(2, rows, 9, generator=draws) * 3
+    target, ids = target[:, 0] if name == "grpo" else target, torch.randint(9, (rows,), generator=draws)
     results = []
-    for loss in (one, other):
-        value = loss(student := logits.clone().requires_grad_(), teacher, ids)
+    for function in (loss, losses.token_loss):
+        value = function(name, student := logits.clone().requires_grad_(), target, ids, *OPTIONS)
         results.append([value.detach(),
                         *torch.autograd.grad((value * torch.arange(1, rows + 1)).sum(), student)])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
@@ -177,7 +175,7 @@ class Replayed(Captured):
     made = []
 
     def capture(self, slots):
-        run = lambda: next_logits(self.model, self.ids, self.cache, self.positions, slots)
+        run = lambda: next_logits(self.model, self.cache, self.ids, self.positions, slots)
         logits, where = run(), self.cache.k[0].data_ptr()
 
         class Graph:
@@ -189,11 +187,11 @@ class Replayed(Captured):
 
 
 def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, monkeypatch):
-    plain = sampled(model, PROMPTS, LIMIT, plain=True)
+    plain = sampled(model, plain=True)
     monkeypatch.setattr(sd.llm.compile, "SLOTS", 16)
-    monkeypatch.setattr(sd.llm.sampling, "decoder", lambda model, cache, compile: Replayed(model, cache))
+    monkeypatch.setattr(sd.llm.compile, "Captured", Replayed)
     Replayed.made.clear()
-    assert_same(sample(model, PROMPTS, EOS, LIMIT, 1.3, 2, uniforms(10, LIMIT, 1)), plain)
+    assert_same(sampled(model, compile=True), plain)
     rows, slots = zip(*Replayed.made)
     assert rows[0] == 10 > rows[-1] and set(slots) == {16, 32, 36}          # 36: the whole cache
     assert len(Replayed.made) == len(set(Replayed.made)) < LIMIT / 3
@@ -232,7 +230,7 @@ def test_the_decode_step_and_the_draw_stay_on_the_device_and_never_wait_for_it(d
         model = Transformer(CONFIG).requires_grad_(False).to(dtype)
         ids, uniform = torch.empty(4, dtype=torch.long), torch.empty(4, dtype=torch.float64)
     cache = Cache(CONFIG, 4, 32, model.lm_head.weight)
-    step = lambda ids, uniform: draw(next_logits(model, ids, cache, ids, 32), 1.1, uniform)
+    step = lambda ids, uniform: draw(next_logits(model, cache, ids, ids, 32), 1.1, uniform)
     assert [t.shape for t in on_cuda(step, ids, uniform)] == [(4,), (4,)]
 
 
@@ -240,7 +238,7 @@ def test_the_decode_step_and_the_draw_stay_on_the_device_and_never_wait_for_it(d
 def test_losses_and_their_gradients_stay_on_the_device_and_never_wait_for_it(name):
     def gradient(logits, other, ids):
         student = logits.detach().requires_grad_()
-        return torch.autograd.grad(losses.of_logits(name, 0.3, 1.1)(student, other, ids).sum(), student)
+        return torch.autograd.grad(losses.token_loss(name, student, other, ids, *OPTIONS).sum(), student)
     with torch.device("meta"):
         logits, ids = torch.empty(4, 9, dtype=torch.bfloat16), torch.empty(4, dtype=torch.long)
     assert on_cuda(gradient, logits, logits[:, 0] if name == "grpo" else logits, ids)[0].shape == (4, 9)
@@ -272,23 +270,22 @@ def ahead(tmp_path):
     """A loss compiled in a process where something named triton could be imported, and would leave a mark."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
-    code = ("import sys, torch; from sd.llm.compile import fused; x = torch.zeros(2, 5, requires_grad=True); "
-            "fused(lambda x, y, z: x + y, 'cpu')(x, x.detach(), x).sum().backward(); "
+    code = ("import sys, torch; from sd import losses; from sd.llm.compile import compiled; "
+            "x, ids = torch.zeros(2, 5, requires_grad=True), torch.zeros(2).long(); "
+            "compiled(losses.token_loss)('forward', x, x.detach(), ids, 1.0, 0.5).sum().backward(); "
             "sys.exit(sys.modules.get('triton') is not None)")
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{tmp_path}:."},
                             cwd=Path(__file__).parents[1], capture_output=True, text=True)
     return result, (tmp_path / "imported").exists()
 
 
-@needs_compiler
 def test_triton_is_never_imported(ahead):
-    """Inductor imports it where it is installed, for a CPU too."""
+    """torch.compile imports it where it is installed."""
     result, imported = ahead["test_compile"].result()
     assert result.returncode == 0 and not imported, result.stderr
 
 
-def test_without_a_compiler_one_sentence_says_so(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_on_a_cpu_one_sentence_says_that_compile_is_not_for_it():
     check_compile(torch.device("cuda"))
-    with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler on a CPU, and there is no g\+\+"):
+    with pytest.raises(UserError, match="^--compile is for CUDA alone"):
         check_compile(torch.device("cpu"))

@@ -4,13 +4,16 @@ import torch
 
 import train
 from sd import UserError
-from sd.conditions import Feedback, Teacher, accumulate, feedback
+from sd.answers import equal, final_answer
+from sd.conditions import Teacher, accumulate, feedback
 from sd.config import Config
-from sd.losses import DIVERGENCES
 from sd.llm.model import ModelConfig, Transformer
-from sd.problems import EMBEDDED, embedded
 from sd.llm.sampling import sample, uniforms
 from sd.llm.tokenizer import Tokenizer
+from sd.problems import EMBEDDED, Problem, embedded
+from sd.prompts import student_prompt, teacher_prompt
+from sd.rollouts import Critique, Rollout
+from sd.steps import parse
 
 SIZES = ModelConfig(11, 16, 24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
                     rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=64, qk_norm=True)
@@ -20,8 +23,25 @@ COMPLETIONS = [[4, 6, EOS], [9, 9, 1, 8, 3, 7, EOS], [EOS], [3, 10, 1, 1, 6], [8
 CONTEXTS = [[6, 6, 1, 8], [3], [10, 9, 8, 7, 6, 4, 3, 1, 1], [4, 4], [7, 8, 3, 1, 9, 6]]
 TEACHER_PROMPTS = [prompt[:-1] + context + prompt[-1:]          # all longer
                    for prompt, context in zip(PROMPTS, CONTEXTS)]
-TOLD = {name: Feedback(teacher_prompts=TEACHER_PROMPTS) for name in DIVERGENCES}
-TOLD["grpo"] = Feedback(advantages=[1.5, -0.5, 0.7, 0.0, -1.2])
+ADVANTAGES = [1.5, -0.5, 0.7, 0.0, -1.2]
+DIVERGENCES = ("forward", "reverse", "jsd", "sampled")
+LOSSES = (*DIVERGENCES, "grpo")
+
+
+def record(problem, text, truncated=False, prompt=(), completion=(), **feedback):
+    """A rollout that says `text`, and what feedback has added to it."""
+    trace = parse(text)
+    answer = final_answer(trace, truncated)
+    return Rollout(problem, list(prompt), list(completion), torch.zeros(len(completion)), truncated, trace,
+                   answer, float(equal(answer, problem.answer)), **feedback)
+
+
+def told(name, given=None, prompts=PROMPTS, completions=COMPLETIONS):
+    """Sampled with the advantages or teacher prompts `given` (by default those above)."""
+    field, given = (("advantage", given or ADVANTAGES) if name == "grpo" else
+                    ("teacher_prompt", given or TEACHER_PROMPTS))
+    return [record(Problem("id", "", ""), "", False, prompt, completion, **{field: value})
+            for prompt, completion, value in zip(prompts, completions, given)]
 
 
 def tiny(seed):
@@ -32,12 +52,13 @@ def tiny(seed):
     return model
 
 
-def run(name, student, teacher, told=None, prompts=PROMPTS, completions=COMPLETIONS, **options):
+def run(name, student, teacher, rollouts=None, **options):
     """Loss and gradients of `accumulate`."""
     student.zero_grad()
-    value = accumulate(student, teacher, prompts, completions, told or TOLD[name], Config(
-        divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, **options),
-        sum(map(len, completions)))
+    rollouts = rollouts or told(name)
+    config = Config(divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, **options)
+    tokens = sum(len(r.completion) for r in rollouts if r.counts)
+    value = accumulate(student, None if name == "grpo" else teacher, rollouts, config, tokens)
     return value, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
 
 
@@ -51,7 +72,7 @@ def dense_logp(model, prompts):
             ids[:, 1:])
 
 
-def dense(name, student, teacher, clamp=None):
+def dense(name, student, teacher):
     """The same as `run`, all rows at once and without care for memory."""
     logp, mask, ids = dense_logp(student, PROMPTS)
     teacher_logp, teacher_mask, _ = dense_logp(teacher, TEACHER_PROMPTS)
@@ -59,10 +80,10 @@ def dense(name, student, teacher, clamp=None):
     p, q, token = log_p.exp(), log_q.exp(), log_p.gather(1, ids[mask][:, None])
     middle, surprise = ((BETA * q + (1 - BETA) * p).log(),
                         (log_p - log_q).gather(1, ids[mask][:, None]).detach())
-    rewarded = torch.tensor(TOLD["grpo"].advantages)[:, None].expand(mask.shape)[mask][:, None]     # (M, 1)
+    rewarded = torch.tensor(ADVANTAGES)[:, None].expand(mask.shape)[mask][:, None]     # (M, 1)
     loss = {"forward": q * (log_q - log_p), "reverse": p * (log_p - log_q), "sampled": surprise * token,
             "jsd": BETA * q * (log_q - middle) + (1 - BETA) * p * (log_p - middle),
-            "grpo": -rewarded * token}[name].clamp(max=clamp or float("inf")).sum() / mask.sum()
+            "grpo": -rewarded * token}[name].sum() / mask.sum()
     return loss.item(), list(torch.autograd.grad(loss, list(student.parameters())))
 
 
@@ -71,7 +92,7 @@ def assert_same(one, other):
     torch.testing.assert_close(one[1], other[1], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("kind", ["base", "live"])
 def test_loss_and_gradient_equal_the_dense_version_for_any_micro_batch(name, kind):
     """`live` scores by the student's weights, detached in the dense version: the teacher gets no gradient."""
@@ -83,39 +104,57 @@ def test_loss_and_gradient_equal_the_dense_version_for_any_micro_batch(name, kin
     assert kind == "live" or all(p.grad is None for p in teacher.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
-def test_terms_of_the_vocabulary_are_cut_off(name):
-    student, teacher = tiny(0), Teacher("base", tiny(8), 0)
-    clamped = dense(name, student, teacher.model, 0.02)
-    assert_same(run(name, student, teacher, term_clamp=0.02), clamped)
-    assert clamped[0] < dense(name, student, teacher.model)[0] - 0.002      # the premise: something is
-
-
 def test_a_long_context_is_cut_at_its_end_and_a_rollout_without_any_is_left_out():
     tokenizer, problem = Tokenizer(EMBEDDED / "tokenizer.json"), embedded("val")[0]
-    bare, whole = (tokenizer.teacher_prompt(problem.problem, "ref", text) for text in ("", problem.solution))
+    bare, whole = (teacher_prompt(tokenizer, problem.problem, "ref", text) for text in ("", problem.solution))
 
     def tell(limit):
-        return feedback("ref", [problem], [""], [False], [0.0], 1, None, tokenizer, limit)
+        rollout = record(problem, "")
+        feedback("ref", [rollout], 1, None, tokenizer, limit)
+        return rollout
 
-    told = tell(len(whole))
-    assert told.teacher_prompts == [whole] and told.shortened == 0 and told.counts(0)
-    told = tell(len(whole) - 1)
-    prompt, = told.teacher_prompts
-    assert len(bare) < len(prompt) < len(whole) and told.shortened == 1 and told.counts(0)
+    rollout = tell(len(whole))
+    assert rollout.teacher_prompt == whole and not rollout.shortened and rollout.counts
+    rollout = tell(len(whole) - 1)
+    prompt = rollout.teacher_prompt
+    assert len(bare) < len(prompt) < len(whole) and rollout.shortened and rollout.counts
     assert prompt == whole[:len(prompt) - 1] + whole[-1:]
-    told = tell(len(bare))
-    assert told.teacher_prompts == [None] and told.shortened == 1 and not told.counts(0)
+    rollout = tell(len(bare))
+    assert rollout.teacher_prompt is None and rollout.shortened and not rollout.counts
     with pytest.raises(UserError, match=problem.id):
         tell(len(bare) - 1)
+
+
+def test_each_condition_tells_what_it_should_and_nothing_else():
+    tokenizer, problem = Tokenizer(EMBEDDED / "tokenizer.json"), embedded("val")[0]
+    right, wrong = f"<answer> {problem.answer} </answer>", "<answer> 1 </answer>"
+
+    class Scribe:
+        def batch(self, rollouts):
+            return [Critique("D", f"<answer> {r.problem.answer} </answer>") if r.reward else
+                    Critique("", "?", malformed="cut off") for r in rollouts]
+
+    def tell(cond, group):
+        rollouts = [record(problem, text) for text in (right, wrong, wrong, wrong)]
+        feedback(cond, rollouts, group, Scribe(), tokenizer, 400)
+        return rollouts
+
+    grpo, ref, critique = tell("grpo", 2), tell("ref", 1), tell("critique", 1)
+    assert [r.advantage for r in grpo] == [1, -1, 0, 0] and not any(r.teacher_prompt for r in grpo)
+    assert [(r.counts, r.has_gradient) for r in grpo] == [(True, True)] * 2 + [(True, False)] * 2
+    shown = teacher_prompt(tokenizer, problem.problem, "ref", problem.solution)
+    assert all(r.teacher_prompt == shown and r.advantage is None and r.critique is None for r in ref)
+    shown = teacher_prompt(tokenizer, problem.problem, "critique", right)
+    assert [r.teacher_prompt for r in critique] == [shown, None, None, None]
+    assert [(r.counts, r.has_gradient) for r in critique] == [(True, True)] + [(False, False)] * 3
 
 
 def test_prompts_are_checked_for_the_condition_that_reads_them():
     """grpo was refused for a teacher's prompt that it has not, and validation problems likewise."""
     tokenizer = Tokenizer(EMBEDDED / "tokenizer.json")
     problems = embedded("train")
-    longest = {"grpo": max(len(tokenizer.student_prompt(p.problem)) for p in problems + embedded("val")),
-               "ref": max(len(tokenizer.teacher_prompt(p.problem, "ref", "")) for p in problems)}
+    longest = {"grpo": max(len(student_prompt(tokenizer, p.problem)) for p in problems + embedded("val")),
+               "ref": max(len(teacher_prompt(tokenizer, p.problem, "ref", "")) for p in problems)}
     for cond, length in longest.items():
         train.read_data(Config(cond=cond), tokenizer, length)
         with pytest.raises(UserError, match="its prompt has"):
@@ -125,38 +164,39 @@ def test_prompts_are_checked_for_the_condition_that_reads_them():
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_without_a_context_the_teacher_teaches_nothing(name):
-    value, gradients = run(name, student := tiny(0), Teacher("base", student, 0),
-                           Feedback(teacher_prompts=PROMPTS))
+    student = tiny(0)
+    value, gradients = run(name, student, Teacher("base", student, 0), told(name, PROMPTS))
     assert value == pytest.approx(0, abs=1e-6) and all(g.abs().max() < 1e-6 for g in gradients)
 
 
 def test_equal_rewards_give_no_gradient_but_their_tokens_count():
     student = tiny(0)
-    advantages, prompts, completions = (x[:3] + x[4:]
-                                        for x in (TOLD["grpo"].advantages, PROMPTS, COMPLETIONS))
-    alone = run("grpo", student, None, Feedback(advantages), prompts, completions)  # without the row of zero
-    share = sum(map(len, completions)) / sum(map(len, COMPLETIONS))
+    rows = told("grpo")
+    alone = run("grpo", student, None, rows[:3] + rows[4:])         # without the row of zero
+    share = (sum(map(len, COMPLETIONS)) - len(COMPLETIONS[3])) / sum(map(len, COMPLETIONS))
     assert_same(run("grpo", student, None), (share * alone[0], [share * g for g in alone[1]]))
-    assert_same(run("grpo", student, None, Feedback([0.0] * len(PROMPTS))), (0, [0 * g for g in alone[1]]))
+    nothing = told("grpo", [0.0] * len(PROMPTS))
+    assert_same(run("grpo", student, None, nothing), (0, [0 * g for g in alone[1]]))
 
 
 def test_a_rollout_without_an_advantage_or_a_context_costs_nothing():
     """It is not scored: a token outside the vocabulary, which no model can read, does no harm."""
     student, teacher = tiny(0), Teacher("base", tiny(8), 0)
-    prompts, completions = [*PROMPTS, [5, 99]], [*COMPLETIONS, [4, EOS]]
-    for name, given in (("grpo", TOLD["grpo"].advantages), ("forward", TEACHER_PROMPTS)):
-        told = lambda last: (Feedback(advantages=[*given, last or 0.0]) if name == "grpo" else
-                             Feedback(teacher_prompts=[*given, last]))
-        run(name, student, teacher, told(None), prompts, completions)
-        with pytest.raises(IndexError):
-            run(name, student, teacher, told(1.0 if name == "grpo" else [5, 3]), prompts, completions)
+    for name, none, some in (("grpo", 0.0, 1.0), ("forward", None, [5, 3])):
+        given = ADVANTAGES if name == "grpo" else TEACHER_PROMPTS
+        for last in (none, some):
+            rollouts = told(name, [*given, last], [*PROMPTS, [5, 99]], [*COMPLETIONS, [4, EOS]])
+            if last is none:
+                run(name, student, teacher, rollouts)
+            else:
+                with pytest.raises(IndexError):
+                    run(name, student, teacher, rollouts)
 
 
 @pytest.mark.parametrize("name", ["grpo", "forward"])
 def test_the_end_of_a_sampled_rollout_is_learned(name):
     """If EOS is dropped from the rollout, or masked like a pad, the student never learns to stop."""
     student, teacher, prompt, longer = tiny(0), Teacher("base", tiny(5), 0), PROMPTS[2], TEACHER_PROMPTS[2]
-    told = Feedback(advantages=[1.0]) if name == "grpo" else Feedback(teacher_prompts=[longer])
     out = sample(student, [prompt], EOS, 9, TEMPERATURE, 200, uniforms(200, 9, 0))
     ended = out.completions()[[n == 4 and not cut for n, cut in zip(out.lengths, out.truncated)].index(True)]
 
@@ -168,7 +208,7 @@ def test_the_end_of_a_sampled_rollout_is_learned(name):
     assert abs(before - target) > 0.1       # the test's own premise
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     for _ in range(60):
-        run(name, student, teacher, told, [prompt], [ended])
+        run(name, student, teacher, told(name, [1.0] if name == "grpo" else [longer], [prompt], [ended]))
         optimizer.step()
     assert abs(p_eos(student, prompt) - target) < 0.2 * abs(before - target)
 

@@ -1,12 +1,16 @@
-"""The faithful scribe, on traces and critiques written by hand. 7*8=56, 6*9=54, 3*4=12, together 122."""
+"""The exact critic, on traces and critiques written by hand. 7*8=56, 6*9=54, 3*4=12, together 122."""
 import random
 import re
 
 import pytest
+import torch
 
 from sd import UserError
-from sd.task.symbolic import SymbolicCritic
+from sd.answers import equal, final_answer
 from sd.problems import Problem
+from sd.rollouts import Rollout
+from sd.steps import parse
+from sd.task.symbolic import SymbolicCritic
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122")
 FIRST = ["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"]       # products first
@@ -15,6 +19,22 @@ WORDS = ["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 110", "3 times 
          "110 plus 12 gives 122"]
 WORDS_FIRST = [WORDS[i] for i in (0, 1, 3, 2, 4)]
 OTHER = ["3*4=12", "8*7=56", "6*9=54", "12+56=68", "68+54=122"]         # order, factors
+
+
+def rollout(text, problem=PROBLEM, truncated=False):
+    """What `roll` makes of a completion that says `text`; there are no tokens."""
+    trace = parse(text)
+    answer = final_answer(trace, truncated)
+    return Rollout(problem, [], [], torch.zeros(0), truncated, trace, answer,
+                   float(equal(answer, problem.answer)))
+
+
+def critique_of(text, problem=PROBLEM, truncated=False, quoting="partial", noise=0.0):
+    critic = SymbolicCritic(quoting, noise)
+    critic.check([problem])
+    critiques = critic.batch([rollout(text, problem, truncated)])
+    assert len(critiques) == 1 and critiques[0].malformed == ""
+    return critiques[0]
 
 
 def write(steps, answer="122"):
@@ -66,6 +86,10 @@ CASES = {   # name: steps, answer, case, index of the first wrong step, steps of
     "D product said twice": (["7*8=56", "7*8=56", "3*4=12", "56+56=112", "112+12=124"], "124", "D", 1, FIRST),
     "D said twice for a later one": (["7*8=56", "3*4=12", "3*4=12", "56+12=68", "68+12=80"], "80", "D", 2,
                                      ["7*8=56", "3*4=12", "6*9=54", "56+12=68", "68+54=122"]),
+    "D without an answer keeps what was said twice": (
+        [FIRST[0], FIRST[0], "6*9=52"], None, "D", 2, [FIRST[0], *FIRST]),
+    "D goes on in the notation of the step corrected": (
+        ["7 times 8 is 54", *FIRST[1:3], "54+54=108", "108+12=120"], "120", "D", 0, WORDS_FIRST),
     "D superfluous step": (FIRST + ["122+1=123"], "123", "D", 5, FIRST),
     "D answer": (FIRST, "132", "D", 5, FIRST),
     "D empty answer": (FIRST, "", "D", 5, FIRST),
@@ -77,7 +101,7 @@ CASES = {   # name: steps, answer, case, index of the first wrong step, steps of
 @pytest.mark.parametrize("name", CASES)
 def test_the_partial_critique_is(name):
     steps, answer, case, wrong, expected = CASES[name]
-    critique = SymbolicCritic()(PROBLEM, write(steps, answer))
+    critique = critique_of(write(steps, answer))
     kept = answer if case == "A" else "122"
     assert parse_answerless(critique.text) == write(expected, None)
     assert critique.text.endswith(f"\n<answer> {kept} </answer>") or name == "A answer spelt otherwise"
@@ -91,7 +115,7 @@ def parse_answerless(text):
 def test_a_correct_trace_is_reproduced_character_by_character():
     text = ("<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>\n<step_3> 3*4=12 </step_3>\n"
             "<step_4> 56+54=110 </step_4>\n<step_5> 110+12=122 </step_5>\n<answer> 122 </answer>")
-    assert SymbolicCritic()(PROBLEM, text).text == text == SymbolicCritic("full")(PROBLEM, text).text
+    assert critique_of(text).text == text == critique_of(text, quoting="full").text
 
 
 @pytest.mark.parametrize("text", [
@@ -101,12 +125,12 @@ def test_a_correct_trace_is_reproduced_character_by_character():
     "<step_1> 7*", "",
 ])
 def test_a_trace_that_ran_out_of_tokens_is_finished_and_not_wrong(text):
-    critique = SymbolicCritic()(PROBLEM, text, truncated=True)
+    critique = critique_of(text, truncated=True)
     assert (critique.case, critique.wrong, critique.text) == ("C", None, write(FIRST))
 
 
 def test_a_truncated_trace_with_an_error_before_is_case_d():
-    critique = SymbolicCritic()(PROBLEM, "<step_1> 7*8=54 </step_1>\n<step_2> 6*9=5", truncated=True)
+    critique = critique_of("<step_1> 7*8=54 </step_1>\n<step_2> 6*9=5", truncated=True)
     assert (critique.case, critique.wrong, critique.text) == ("D", 0, write(FIRST))
 
 
@@ -130,19 +154,64 @@ QUOTED = {  # quoting, steps, answer: steps and answer of the critique
 @pytest.mark.parametrize("quoting, name", QUOTED)
 def test_quoting(quoting, name):
     steps, answer, expected, final = QUOTED[quoting, name]
-    assert SymbolicCritic(quoting)(PROBLEM, write(steps, answer)).text == write(expected, final)
+    assert critique_of(write(steps, answer), quoting=quoting).text == write(expected, final)
+
+
+def test_the_critiques_of_a_batch_are_in_the_order_of_its_rollouts():
+    texts = [write(FIRST), write(WRONG, "120"), write(FIRST[:4]), write(MIXED[:3], None)]
+    critiques = SymbolicCritic().batch([rollout(text) for text in texts])
+    assert [c.case for c in critiques] == ["A", "D", "B", "C"]
+    assert critiques == [critique_of(text) for text in texts] and SymbolicCritic().batch([]) == []
+
+
+@pytest.mark.parametrize("answer", ["122", "122.0", "$122$", r"\boxed{122}", "**122**"])
+def test_an_answer_is_right_however_it_is_spelt_if_its_reward_says_so(answer):
+    assert critique_of(write(FIRST, answer)).case == "A"
 
 
 @pytest.mark.parametrize("problem", ["7*8 - 6*9", "Find x with x^2 = 4.", "", "7*8 + ", "777*8"])
 def test_a_problem_that_is_no_sum_of_products_is_the_users_error(problem):
+    problem = Problem("p-1", problem, "1")
     with pytest.raises(UserError, match="problem p-1: "):
-        SymbolicCritic()(Problem("p-1", problem, "1"), write(FIRST))
+        SymbolicCritic().check([PROBLEM, problem])
+    with pytest.raises(UserError, match="problem p-1: "):
+        SymbolicCritic().batch([rollout(write(FIRST), problem)])
+
+
+def test_a_problem_in_words_is_read_too():
+    problem = Problem("p", "What is 7 times 8 plus 6 times 9 plus 3 times 4?", "122")
+    assert critique_of(write(FIRST[:2], None), problem).text == write(FIRST)
 
 
 def test_a_problem_whose_answer_is_wrong_is_the_users_error():
     """It was taught: the critique of a perfect trace ended in the wrong answer."""
     with pytest.raises(UserError, match="problem p-1: its answer"):
-        SymbolicCritic()(Problem("p-1", "7*8 + 6*9", "111"), "")
+        SymbolicCritic().check([PROBLEM, Problem("p-1", "7*8 + 6*9", "111")])
+
+
+def values(text):
+    """Left, right and the value of each product that a critique writes."""
+    return [tuple(map(int, found)) for found in re.findall(r"(\d+)\*(\d+)=(\d+)", text)]
+
+
+def test_noise_makes_that_share_of_the_corrected_products_wrong_and_nothing_else():
+    """The steps copied stay as they are; sums and the answer follow from the wrong product."""
+    wrong_steps, seen = ["7*8=56", "6*9=52", "3*4=12", "56+52=108", "108+12=120"], 0
+    for i in range(400):
+        problem = Problem(f"p{i}", PROBLEM.problem, "122")
+        exact = critique_of(write(wrong_steps, "120"), problem)
+        noisy = critique_of(write(wrong_steps, "120"), problem, noise=0.3)
+        assert noisy == critique_of(write(wrong_steps, "120"), problem, noise=0.3)    # no hidden state
+        assert (noisy.case, noisy.wrong) == ("D", 1)
+        (first, second, third), (_, right, _) = values(noisy.text), values(exact.text)
+        assert first == (7, 8, 56) and third == (3, 4, 12) and right == (6, 9, 54)
+        total = 56 + second[2] + 12
+        assert noisy.text.endswith(f"{56 + second[2]}+12={total} </step_5>\n<answer> {total} </answer>")
+        seen += second != right
+    assert 0.3 * 400 - 37 < seen < 0.3 * 400 + 37           # 4 standard deviations
+    for text in (write(FIRST), write(FIRST[:4]), write(FIRST[:2], None), write(FIRST, "120"),
+                 write(FIRST[:3] + ["56+54=100", "100+12=112"], "112")):    # no product is corrected
+        assert critique_of(text, noise=1.0) == critique_of(text)
 
 
 def corrupted(rng):
@@ -170,13 +239,13 @@ def corrupted(rng):
 
 
 def test_a_partial_critique_copies_up_to_the_first_wrong_step_and_is_itself_fully_correct():
-    rng, critic = random.Random(7), SymbolicCritic()
+    rng = random.Random(7)
     for _ in range(300):
         problem, answer, steps, first = corrupted(rng)
-        critique = critic(problem, write(steps, answer))
+        critique = critique_of(write(steps, answer), problem)
         assert (critique.case, critique.wrong) == ("D", first)
         assert critique.text.startswith(write(steps[:first], None))
-        again = critic(problem, critique.text)
+        again = critique_of(critique.text, problem)
         assert (again.case, again.text) == ("A", critique.text)
         lines = re.findall(r"> (\d+)(\*|\+| times | plus )(\d+)(?:=| is | gives )(\d+) <", critique.text)
         assert len(lines) == len(steps)         # as many steps as the solver's own, each of them true

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("sd/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "runpy", "code", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module", "import_module"}
-NETWORK, PROCESSES = {"scribe.py"}, {"experiment.py", "bench.py"}
+NETWORK, PROCESSES = {"server.py"}, {"experiment.py"}
 
 
 def imported(tree):

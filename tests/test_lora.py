@@ -3,15 +3,20 @@ import pytest
 import torch
 
 from sd.llm.checkpoint import load, save_model
-from sd.conditions import Feedback, Teacher, accumulate
+from sd.conditions import Teacher, accumulate
 from sd.config import Config
-from sd.llm.lora import TARGETS, LoRALinear, add_lora, plain_weights, save_adapter, switch
+from sd.llm.lora import TARGETS, LoRALinear, add_lora, plain_weights, save_adapter, switch_off
+from sd.problems import embedded
+from sd.rollouts import Rollout
+from sd.steps import parse
 
 from tests.test_model import FAMILIES, QWEN2, QWEN3, some_ids, tiny, write
 
 RANK, ALPHA = 3, 7.0
-PROMPTS, COMPLETIONS = [[5, 1, 7], [5, 9]], [[4, 6, 2], [9, 9, 1, 8, 2]]
-TOLD = Feedback(teacher_prompts=[[5, 1, 6, 6, 7], [5, 3, 9]])
+ROLLOUTS = [Rollout(embedded("val")[0], prompt, completion, torch.zeros(len(completion)), False, parse(""),
+                    None, 0.0, teacher_prompt=teacher_prompt)
+            for prompt, completion, teacher_prompt in (([5, 1, 7], [4, 6, 2], [5, 1, 6, 6, 7]),
+                                                       ([5, 9], [9, 9, 1, 8, 2], [5, 3, 9]))]
 
 
 def adapted(config=QWEN3, dtype=torch.float32, trained=False):
@@ -31,7 +36,7 @@ def train(student, teacher, steps=3):
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
-        accumulate(student, teacher, PROMPTS, COMPLETIONS, TOLD, Config(), 8)
+        accumulate(student, teacher, ROLLOUTS, Config(), 8)
         optimizer.step()
         teacher.update(student)
 
@@ -45,7 +50,7 @@ def test_an_adapter_that_is_new_or_off_leaves_every_bit_of_the_logits(config, dt
     assert torch.equal(student(ids), before) and before.dtype == dtype
     train(student, Teacher("live", student, 0))
     assert not torch.equal(student(ids), before)
-    switch(student, False)
+    switch_off(student)
     assert torch.equal(student(ids), before)
 
 

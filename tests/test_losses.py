@@ -4,11 +4,9 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from sd import losses
 from sd.losses import (forward_kl, group_advantages, jsd, log_probs, of_token, policy_gradient, reverse_kl,
-                       sampled_token)
+                       sampled_token, token_loss)
 
-ID = torch.tensor([0])                          # forward, reverse and jsd take the whole vocabulary, not ids
 LOGITS = torch.tensor([[0.3, -1.2, 2.0, 0.7]])  # the student's, one token, V = 4
 OTHER = torch.tensor([[1.1, 0.4, -0.5, 0.2]])   # the teacher's
 
@@ -33,25 +31,12 @@ def test_two_tokens_by_hand():
     student, teacher = logs(0.5, 0.5), logs(0.8, 0.2)
     forward = 0.8 * log(0.8 / 0.5) + 0.2 * log(0.2 / 0.5)
     reverse = 0.5 * log(0.5 / 0.8) + 0.5 * log(0.5 / 0.2)
-    assert forward_kl(student, teacher, ID).item() == pytest.approx(forward, abs=1e-6)
-    assert reverse_kl(student, teacher, ID).item() == pytest.approx(reverse, abs=1e-6)
+    assert forward_kl(student, teacher).item() == pytest.approx(forward, abs=1e-6)
+    assert reverse_kl(student, teacher).item() == pytest.approx(reverse, abs=1e-6)
     # beta 0.25: m = 0.25 teacher + 0.75 student = (0.575, 0.425)
     by_hand = (0.25 * (0.8 * log(0.8 / 0.575) + 0.2 * log(0.2 / 0.425))
                + 0.75 * (0.5 * log(0.5 / 0.575) + 0.5 * log(0.5 / 0.425)))
-    assert jsd(student, teacher, ID, 0.25).item() == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_terms_over_the_vocabulary_are_cut_off_one_by_one():
-    student, teacher = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
-    forward = [0.1 * log(0.1 / 0.7), 0.6 * log(0.6 / 0.2), 0.3 * log(0.3 / 0.1)]        # -0.19, 0.66, 0.33
-    reverse = [0.7 * log(0.7 / 0.1), 0.2 * log(0.2 / 0.6), 0.1 * log(0.1 / 0.3)]        # 1.36, -0.22, -0.11
-    middle = [(0.1 * log(0.1 / 0.4) + 0.7 * log(0.7 / 0.4)) / 2,                        # 0.13
-              (0.6 * log(0.6 / 0.4) + 0.2 * log(0.2 / 0.4)) / 2,                        # 0.05
-              (0.3 * log(0.3 / 0.2) + 0.1 * log(0.1 / 0.2)) / 2]                        # 0.03
-    for loss, terms, clamp in ((forward_kl, forward, 0.4), (reverse_kl, reverse, 0.4), (jsd, middle, 0.04)):
-        by_hand = sum(min(term, clamp) for term in terms)
-        assert loss(student, teacher, ID, clamp=clamp).item() == pytest.approx(by_hand, abs=1e-6)
-        assert by_hand < sum(terms) - 0.05
+    assert jsd(student, teacher, 0.25).item() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_three_tokens_by_hand_one_number_per_token():
@@ -61,23 +46,38 @@ def test_three_tokens_by_hand_one_number_per_token():
     middle = (0.5 * (0.1 * log(0.1 / 0.4) + 0.6 * log(0.6 / 0.4) + 0.3 * log(0.3 / 0.2))
               + 0.5 * (0.7 * log(0.7 / 0.4) + 0.2 * log(0.2 / 0.4) + 0.1 * log(0.1 / 0.2)))
     for loss, by_hand in ((forward_kl, forward), (reverse_kl, reverse), (jsd, middle)):
-        both = loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]), torch.tensor([0, 1]))
+        both = loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]))
         assert both.tolist() == pytest.approx([by_hand, 0.0], abs=1e-6)     # and 0 where the two agree
 
 
 def test_jsd_tends_to_zero_at_its_ends_and_not_to_the_kls():
     student, teacher = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
     for beta in (1e-5, 1 - 1e-5):
-        assert jsd(student, teacher, ID, beta).item() == pytest.approx(0, abs=1e-4)
-    one_sided = losses.divergence("jsd", 0.1)(student, teacher, ID)  # beta reaches jsd and weighs the teacher
-    assert one_sided.item() == pytest.approx(jsd(teacher, student, ID, 0.9).item(), abs=1e-6)
-    assert one_sided.item() != pytest.approx(jsd(student, teacher, ID, 0.9).item(), abs=1e-3)
+        assert jsd(student, teacher, beta).item() == pytest.approx(0, abs=1e-4)
+    # beta weighs the teacher: the two models change places with 1 - beta
+    assert jsd(student, teacher, 0.1).item() == pytest.approx(jsd(teacher, student, 0.9).item(), abs=1e-6)
+    assert jsd(student, teacher, 0.1).item() != pytest.approx(jsd(student, teacher, 0.9).item(), abs=1e-3)
+
+
+def test_the_loss_of_each_name_is_the_formula_of_that_name():
+    """From logits, with the temperature on both sides; grpo gets advantages in place of teacher's logits."""
+    ids, two = torch.tensor([1, 3]), torch.cat([LOGITS, OTHER])
+    other, advantages = two.flip(0), torch.tensor([0.5, -2.0])
+    p, q = (torch.cat([softmax(row[None], 1.3) for row in rows]) for rows in (two, other))      # (2, V)
+    m = 0.2 * q + 0.8 * p
+    at = lambda x: x[[0, 1], ids]
+    by_hand = {"forward": (q * (q / p).log()).sum(-1), "reverse": (p * (p / q).log()).sum(-1),
+               "jsd": 0.2 * (q * (q / m).log()).sum(-1) + 0.8 * (p * (p / m).log()).sum(-1),
+               "sampled": -(at(q) / at(p)).log() * at(p).log(), "grpo": -advantages * at(p).log()}
+    for name, expected in by_hand.items():
+        target = advantages if name == "grpo" else other
+        torch.testing.assert_close(token_loss(name, two, target, ids, 1.3, 0.2), expected, msg=name)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_temperature_divides_both_logits(temperature):
     p, q = softmax(LOGITS, temperature), softmax(OTHER, temperature)
-    loss = forward_kl(log_probs(LOGITS, temperature), log_probs(OTHER, temperature), ID)
+    loss = forward_kl(log_probs(LOGITS, temperature), log_probs(OTHER, temperature))
     assert loss.item() == pytest.approx(sum(b * log(b / a) for a, b in zip(p[0].tolist(), q[0].tolist())),
                                         abs=1e-6)
 
@@ -89,9 +89,9 @@ def test_gradients_are_the_formulas(temperature):
     forward = (p - q) / temperature
     reverse = p * (ratio - (p * ratio).sum()) / temperature
     mixed = (1 - beta) * p * (to_mixture - (p * to_mixture).sum()) / temperature
-    torch.testing.assert_close(gradient(lambda s, t: forward_kl(s, t, ID), temperature), forward)
-    torch.testing.assert_close(gradient(lambda s, t: reverse_kl(s, t, ID), temperature), reverse)
-    torch.testing.assert_close(gradient(lambda s, t: jsd(s, t, ID, beta), temperature), mixed)
+    torch.testing.assert_close(gradient(lambda s, t: forward_kl(s, t), temperature), forward)
+    torch.testing.assert_close(gradient(lambda s, t: reverse_kl(s, t), temperature), reverse)
+    torch.testing.assert_close(gradient(lambda s, t: jsd(s, t, beta), temperature), mixed)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -100,7 +100,7 @@ def test_sampled_token_has_the_reverse_kl_gradient_in_expectation(temperature):
     p = softmax(LOGITS, temperature)[0]
     expected = sum(p[v] * gradient(lambda s, t: sampled_token(s, t, torch.tensor([v])), temperature)
                    for v in range(4))
-    torch.testing.assert_close(expected, gradient(lambda s, t: reverse_kl(s, t, ID), temperature))
+    torch.testing.assert_close(expected, gradient(lambda s, t: reverse_kl(s, t), temperature))
 
 
 def test_policy_gradient_pushes_the_sampled_token_by_its_advantage():

@@ -5,13 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from sd import metrics
+from sd import rollouts
+from sd.answers import equal
+from sd.config import Config
 from sd.llm.checkpoint import load
 from sd.metrics import bootstrap, evaluate, majority, scores
 from sd.problems import EMBEDDED, Problem
-from sd.llm.sampling import Rollouts, pad
+from sd.llm.sampling import Sampled, pad
 
 TEN = Problem("p", "5*2", "10")
+
+
+def rows(answers, lengths=(7,) * 4, truncated=(False,) * 4):
+    """What `evaluate` hands to `scores`: a row per rollout."""
+    return [[a, float(equal(a, TEN.answer)), n, cut] for a, n, cut in zip(answers, lengths, truncated)]
 
 
 @pytest.mark.parametrize("answers, avg, maj, passed", [
@@ -27,25 +34,25 @@ TEN = Problem("p", "5*2", "10")
     (["x = 10", "y = 10", "9", "9"], 1 / 2, 1 / 2, 1),  # both right, though they differ: one vote of two
 ])
 def test_scores_of_one_problem(answers, avg, maj, passed):
-    result = scores([answers], [TEN], np.full((1, 4), 7), np.zeros((1, 4)))
+    result = scores([TEN], rows(answers))
     assert (result.avg[0], result.maj[0], result.passed[0]) == pytest.approx((avg, maj, passed))
     assert majority(answers, "10") == pytest.approx(maj)
 
 
 def test_a_truncated_answer_that_is_not_closed_does_not_count(monkeypatch):
     model, tokenizer = load(EMBEDDED)
-    rollouts = [tokenizer.encode(text) for text in ("<answer> 10 </answer>", "<answer> 10", "<answer> 10")]
-    lengths = torch.tensor(list(map(len, rollouts)))
-    fixed = Rollouts(pad(rollouts, "cpu"), lengths, torch.zeros(3, int(lengths.max())),
+    texts = ("<answer> 10 </answer>", "<answer> 10", "<answer> 10")
+    ids = [tokenizer.encode(text) for text in texts]
+    lengths = torch.tensor(list(map(len, ids)))
+    fixed = Sampled(pad(ids, "cpu"), lengths, torch.zeros(3, int(lengths.max())),
                      torch.tensor([False, True, False]))
-    monkeypatch.setattr(metrics, "sample_in_parts", lambda *of: fixed)
-    result = evaluate(model, tokenizer, [TEN], 3, 1.0, 9, 0)
-    assert result.avg[0] == pytest.approx(2 / 3) and result.lengths.tolist() == [lengths.tolist()]
+    monkeypatch.setattr(rollouts, "sample", lambda *of: fixed)
+    result = evaluate(model, tokenizer, [TEN], 3, Config(max_new_tokens=9))
+    assert result.avg[0] == pytest.approx(2 / 3) and result.length == pytest.approx(lengths.float().mean().item())
 
 
 def test_the_summary_is_in_percent_over_problems():
-    lengths, truncated = np.array([[3, 5], [7, 9]]), np.array([[0, 0], [0, 1]])
-    got = scores([["10", "9"], ["9", "9"]], [TEN, TEN], lengths, truncated).summary()
+    got = scores([TEN, TEN], rows(["10", "9", "9", "9"], (3, 5, 7, 9), (False, False, False, True))).summary()
     assert (got["problems"], got["samples"], got["mean_length"], got["truncated"]) == (2, 2, 6, 25)
     assert [got[f"{name}@2"]["mean"] for name in ("avg", "maj", "pass")] == [25, 25, 50]
     assert got["avg@2"]["low"] == 0 and got["avg@2"]["high"] == 50

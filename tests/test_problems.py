@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sd import UserError
-from sd.problems import Problem, embedded, read_problems
+from sd.problems import Problem, check_lengths, embedded, read_problems
 
 GOOD = {"id": "a", "problem": "1+1", "answer": "2", "solution": "1+1=2"}
 
@@ -56,9 +56,9 @@ def test_a_line_of_ten_megabytes_is_read(read):
     ("\x00\x1b[31m", ":1: not JSON"),
     ('{"problem": "a\tb", "answer": "1"}', ":1: not JSON"), ("NaN", ":1: not a JSON object"),
     ("\n[]", ":2: not a JSON object"), ('"x"', ":1: not a JSON object"), ("null", ":1: not a JSON object"),
-    (line().encode() + b"\n" + line(id="b").encode().replace(b"1+1", b"1\xff1", 1), ":3: not UTF-8"),
-    (line().encode("utf-16"), ":1: not UTF-8"),
-    ("[" * 100_000, ":1: nested too deeply"), ('{"a":' * 100_000, ":1: nested too deeply"),
+    (line().encode() + b"\n" + line(id="b").encode().replace(b"1+1", b"1\xff1", 1), ":3: 'utf-8' codec can't"),
+    (line().encode("utf-16"), ":1: 'utf-8' codec can't decode byte 0xff in position 0"),
+    ("[" * 100_000, ":1: maximum recursion depth"), ('{"a":' * 100_000, ":1: maximum recursion depth"),
     ('{"problem": "p", "answer": 1' + "0" * 5000 + "}", ":1: "),
     ('{"problem": "p", "answer": "1", "answer": "2"}', ":1: a field is there twice"),
     ('{"problem": "p", "answer": "1", "meta": {"a": 1, "a": 2}}', ":1: a field is there twice"),
@@ -90,11 +90,12 @@ def test_what_was_read_can_be_written_and_read_again(read):
     assert read("".join(json.dumps(p.__dict__) + "\n" for p in first)) == first
 
 
-def test_files_that_cannot_be_opened_are_told(tmp_path):
+def test_files_that_cannot_be_opened_are_named(tmp_path):
+    """An OSError; every command tells it in one line."""
     for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "\x1b[31m\udc80"):
-        with pytest.raises(UserError, match="cannot be read") as error:
+        with pytest.raises(OSError) as error:
             read_problems(path)
-        assert str(error.value).isprintable()
+        assert repr(str(path)) in str(error.value) and str(error.value).isprintable()
 
 
 def test_the_embedded_problems_share_no_id_and_no_problem():
@@ -102,3 +103,10 @@ def test_the_embedded_problems_share_no_id_and_no_problem():
     problems = [p for split in splits for p in split]
     assert all(splits) \
         and len({p.id for p in problems}) == len({p.problem for p in problems}) == len(problems)
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_own_problem():
+    problems = [Problem(name, "1+1", "2") for name in "abc"]
+    check_lengths(problems, [[1] * 5, [1] * 5, [1]], 5)
+    with pytest.raises(UserError, match="problem 'b': its prompt has 6 tokens, 5 fit"):
+        check_lengths(problems, [[1] * 5, [1] * 6, [1]], 5)

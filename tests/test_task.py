@@ -5,7 +5,8 @@ import re
 import pytest
 
 from sd.problems import EMBEDDED, embedded
-from sd.task.times_table import CHANCE, HARD, PAIRS, belief
+from sd.task.times_table import (CHANCE, HARD, PAIRS, SPACED, SYMBOLS, WORDS, Equation, belief, read_equation,
+                                 read_problem, usual_mistakes, write_problem)
 
 SPLITS = {split: embedded(split) for split in ("train", "val", "test")}
 ALL = [problem for problems in SPLITS.values() for problem in problems]
@@ -69,3 +70,36 @@ def test_the_corpus_is_always_right_on_easy_pairs_and_rarely_on_hard_ones():
         else:
             assert set(values) == {a * b}
     assert right / count == pytest.approx(CHANCE, abs=0.021)       # 4 standard deviations of 3,300 draws
+
+
+@pytest.mark.parametrize("text, equation", [
+    ("7*8=56", Equation(7, True, 8, 56, SYMBOLS)), ("56+54=110", Equation(56, False, 54, 110, SYMBOLS)),
+    ("7 * 8 = 56", Equation(7, True, 8, 56, SPACED)), ("7 × 8 = 56", Equation(7, True, 8, 56, SPACED)),
+    ("7 + 8 = 15", Equation(7, False, 8, 15, SPACED)), ("7*8 = 56", Equation(7, True, 8, 56, SYMBOLS)),
+    ("7 times 8 is 56", Equation(7, True, 8, 56, WORDS)),
+    ("56 plus 54 gives 110", Equation(56, False, 54, 110, WORDS)),
+    *((text, None) for text in (
+        "", "7*8", "7*8=", "7*8=56 ", " 7*8=56", "7*8=56=56", "7*8*9=504", "-7*8=56", "7.0*8=56", "7-8=1",
+        "7 times 8 = 56", "7*8 is 56", "7*8 gives 56", "7 times 8 gives 56", "56 plus 54 is 110",
+        "56 plus 54 = 110", "7  *  8=56", "1234567*8=9", "well, 54"))])
+def test_an_equation_is_read_in_three_notations_and_in_no_mixture_of_them(text, equation):
+    assert read_equation(text) == equation
+
+
+def test_what_is_written_is_read_back_the_same():
+    for notation in (SYMBOLS, WORDS, SPACED):
+        for product in (True, False):
+            equation = Equation(12, product, 3, 99, notation)
+            assert read_equation(str(equation)) == equation
+    pairs = [(7, 8), (12, 2), (3, 3)]
+    assert write_problem(pairs) == "7*8 + 12*2 + 3*3" and read_problem(write_problem(pairs)) == pairs
+    assert read_problem("What is 7 times 8 plus 12 times 2?") == pairs[:2]
+
+
+def test_usual_mistakes_are_wrong_values_the_same_for_both_orders():
+    for a, b in PAIRS:
+        mistakes = usual_mistakes((a, b))
+        assert 5 <= len(set(mistakes)) == len(mistakes) <= 8
+        assert a * b not in mistakes and min(mistakes) > 1
+        assert usual_mistakes((b, a)) == mistakes
+    assert usual_mistakes((7, 8)) == [63, 49, 64, 48, 57, 55, 66, 46]

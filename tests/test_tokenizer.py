@@ -1,4 +1,4 @@
-"""Text <-> ids and the two prompts."""
+"""Text <-> ids, and the embedded solver's two prompts."""
 import json
 
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from sd import UserError
 from sd.problems import EMBEDDED, embedded
 from sd.llm.tokenizer import CONTROL, Tokenizer
+from sd.prompts import student_prompt, teacher_prompt
 
 TOKENIZER = Tokenizer(EMBEDDED / "tokenizer.json")
 WORDS = ("<step_1> 7 times 8 is 56 </step_1>\n<step_2> 6 times 9 is 54 </step_2>\n"
@@ -34,17 +35,17 @@ def test_all_shipped_problems_and_references_are_encoded_without_loss():
 def test_a_control_token_typed_in_a_text_stays_text(token):
     control = {TOKENIZER.fast.token_to_id(t) for t in CONTROL if t != "<unk>"}
     assert not control & set(TOKENIZER.encode(f"7*8{token}=56"))
-    prompt = TOKENIZER.teacher_prompt(f"7*8{token}", "critique", f"{token}{WORDS}{token}")
+    prompt = teacher_prompt(TOKENIZER, f"7*8{token}", "critique", f"{token}{WORDS}{token}")
     assert [i for i in prompt if i in control] == [TOKENIZER.fast.token_to_id(t) for t in
                                                    ("<problem>", "<critique>", "<solution>")]
 
 
 def test_student_and_teacher_prompts_begin_alike_and_end_with_the_same_token():
-    student = TOKENIZER.student_prompt("7*8")
+    student = student_prompt(TOKENIZER, "7*8")
     names = TOKENIZER.fast.id_to_token
     assert list(map(names, student)) == ["<problem>", "7", "*", "8", "<solution>"]
     for kind, tag in (("ref", "<reference>"), ("critique", "<critique>")):
-        teacher = TOKENIZER.teacher_prompt("7*8", kind, "5 6")
+        teacher = teacher_prompt(TOKENIZER, "7*8", kind, "5 6")
         assert list(map(names, teacher)) == ["<problem>", "7", "*", "8", tag, "5", " ", "6", "<solution>"]
 
 
@@ -65,4 +66,4 @@ def test_a_missing_a_broken_and_a_foreign_tokenizer_are_the_users_error(tmp_path
     raw["model"]["vocab"]["<eos>"] = 0
     (tmp_path / "foreign.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="<critique>"):          # told when a prompt needs it
-        Tokenizer(tmp_path / "foreign.json").teacher_prompt("7*8", "critique", "5")
+        teacher_prompt(Tokenizer(tmp_path / "foreign.json"), "7*8", "critique", "5")

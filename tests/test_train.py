@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from sd import rollouts as records
 from sd.llm.checkpoint import load
 from sd.problems import EMBEDDED, embedded
-from sd.llm.sampling import Rollouts
+from sd.llm.sampling import Sampled
+from sd.prompts import student_prompt, teacher_prompt
 
 LR, CLIP, DECAY, TEMPERATURE = 1e-3, 0.3, 0.5, 1.1
 # wrong, but what the solver answers in one rollout of four, so that most groups have an advantage
@@ -59,15 +61,15 @@ def test_three_steps_are_those_of_the_plain_loop(cond, tmp_path, here, data):
                                         for row in rows]
         (a, b), (c, d) = rewards.view(2, 2).tolist()    # of two, the better has 1, the other -1
         for row, advantage in zip(rows, (a - b, b - a, c - d, d - c)):
-            ids = tokenizer.encode(row["trace"]) + ([] if row["cut"] else [tokenizer.eos[0]])
+            ids = tokenizer.encode(row["trace"]) + ([] if row["truncated"] else [tokenizer.eos[0]])
             assert len(ids) == row["tokens"]
-            logp = log_probs(student, tokenizer.student_prompt(row["problem"]), ids)
+            logp = log_probs(student, student_prompt(tokenizer, row["problem"]), ids)
             surprise -= logp[range(len(ids)), ids].sum().item()
             if cond == "grpo":
                 loss -= advantage * logp[range(len(ids)), ids].sum()
             else:
                 context = solutions[row["id"]] if cond == "ref" else row["critique"]
-                prompt = tokenizer.teacher_prompt(row["problem"], cond, context)
+                prompt = teacher_prompt(tokenizer, row["problem"], cond, context)
                 told = log_probs(teacher, prompt, ids).detach()
                 loss += (told.exp() * (told - logp)).sum()
         tokens = sum(row["tokens"] for row in rows)
@@ -88,7 +90,8 @@ def test_three_steps_are_those_of_the_plain_loop(cond, tmp_path, here, data):
                                ("entropy", surprise / tokens), ("reward", rewards.mean().item())):
             assert logged[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), (step, name)
     assert max(norms) > CLIP                    # the premise: something was cut off
-    written, begun = load_file(tmp_path / "run/last/model.safetensors"), dict(load(EMBEDDED)[0].named_parameters())
+    written = load_file(tmp_path / "run/last/model.safetensors")
+    begun = dict(load(EMBEDDED)[0].named_parameters())
     for name, p in student.named_parameters():  # in all: AdamW makes a step of rounding where there is no more
         assert (written[name] - p).norm() < 1e-3 * (p - begun[name]).norm(), name
 
@@ -119,9 +122,13 @@ def test_each_step_and_seed_samples_anew(tmp_path, here, data):
 def test_an_answer_that_was_cut_off_earns_nothing(text, cut, reward, tmp_path, here, data, monkeypatch):
     """It might have gone on: 140 may be the beginning of 1400."""
     ids = load(EMBEDDED)[1].encode(text)
-    fixed = Rollouts(torch.tensor([ids] * 4), torch.full((4,), len(ids)), torch.zeros(4, len(ids)),
-                     torch.full((4,), cut))
-    monkeypatch.setattr(train, "sample_in_parts", lambda *of: fixed)
+
+    def fixed(model, prompts, eos, tokens, temperature, group, *rest):
+        n = len(prompts) * group
+        return Sampled(torch.tensor([ids] * n), torch.full((n,), len(ids)), torch.zeros(n, len(ids)),
+                        torch.full((n,), cut))
+
+    monkeypatch.setattr(records, "sample", fixed)
     code, said = here("--cond", "grpo", "--group", 2, "--batch", 2, "--steps", 1, *data,
                       "--out", tmp_path / "run")
     assert code == 0, said

@@ -1,1 +1,4 @@
-"""A language model, from scratch: weights, tokens, adapters, sampling. It knows nothing of the method."""
+"""A language model from scratch: weights, tokens, adapters, sampling.
+
+It knows nothing of the method.
+"""

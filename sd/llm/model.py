@@ -1,16 +1,19 @@
-"""A decoder-only transformer for Qwen3, Qwen2 and Llama checkpoints, parameter names as in the checkpoint.
+"""A decoder-only transformer for Qwen3, Qwen2 and Llama checkpoints; names as in the checkpoint.
 
-Read it top to bottom: RMSNorm, rotary positions, grouped-query attention with a key/value cache, SwiGLU, the
-block, the model. Simplified on purpose: one attention path (PyTorch's scaled_dot_product_attention), no
-dropout, no attention bias on the output projection, full attention in every layer.
+Read it top to bottom: RMSNorm, rotary positions, the key/value cache, grouped-query attention,
+SwiGLU, the block, the model. Simplified on purpose: one attention path (PyTorch's
+scaled_dot_product_attention), no dropout, no bias on the output projection, full attention in every
+layer.
 
-With `recompute` a block keeps only its input for the backward pass and computes the rest again there
-(activation checkpointing): a third more work, and the memory of one layer instead of all.
+With `recompute` a block keeps only its input for the backward pass and computes the rest again
+there (activation checkpointing). That is a third more work, for the memory of one layer instead of
+all.
 
-Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count from 0 in
-every row, and no mask has to be built for scoring: a pad id can never be mistaken for EOS.
+Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count
+from 0 in every row, and no mask has to be built for scoring. A pad can never be mistaken for EOS.
 
-Letters: B rows, T tokens, S slots, H query and K key/value heads, D head size, C hidden size, V vocabulary.
+Letters: B rows, T tokens, S slots of the cache, H query heads, K key/value heads, D head size, C
+hidden size, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's: long wavelengths are stretched by `factor`, short ones kept, in between a mixture."""
+    """Llama 3's: long wavelengths are stretched by `factor`, short ones kept, others mixed."""
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -32,7 +35,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes a checkpoint's config.json gives, under its names."""
+    """The sizes that a checkpoint's config.json gives, under its names."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -59,24 +62,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        mean_square = wide.pow(2).mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(mean_square + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin (…, T, D) of position * theta^(-2i/D), in float32, to multiply (B, H, T, D) with.
 
-    So `positions` is (T), the same for all rows, or (B, 1, T).
+    `positions` is (T), the same for all rows, or (B, 1, T).
     """
-    steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    frequency = config.rope_theta ** -steps                                                 # (D/2)
-    if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)    # in that context
+    even = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequency = config.rope_theta ** -(even / config.head_dim)              # (D/2)
+    scaling = config.rope_scaling
+    if scaling:
+        # how often each dimension turns around within the context of the original training
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    angle = positions.unsqueeze(-1).float() * frequency                                     # (…, T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)                                               # (…, T, D)
+    angle = positions.unsqueeze(-1).float() * frequency                     # (…, T, D/2)
+    angle = torch.cat([angle, angle], dim=-1)                               # (…, T, D)
     return angle.cos(), angle.sin()
 
 
@@ -87,64 +93,90 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of every layer, written at explicit positions; slot s of a row holds its token s.
+    """Keys and values of every layer; slot s of a row holds those of its token s.
 
-    It starts as zeros, not as whatever the memory held: a masked slot has weight 0, and 0 * NaN is NaN.
+    It starts as zeros, not as whatever the memory held: a masked slot has weight 0, and 0 * NaN is
+    NaN.
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, like: Tensor):
         shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]   # each (B, K, S, D)
-        self.v = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.k = [like.new_zeros(shape) for _ in layers]        # each (B, K, S, D)
+        self.v = [like.new_zeros(shape) for _ in layers]
 
-    def select(self, index: Tensor) -> None:
-        """Keeps (or repeats) rows: one prefill serves a whole group, and finished rows stop costing."""
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):       # one layer after another: never two caches at a time
-                tensors[layer] = old.index_select(0, index)
+    def select(self, rows: Tensor) -> None:
+        """Keeps (or repeats) rows: one prefill serves a group, and finished rows are dropped."""
+        for layer in range(len(self.k)):        # one after another: never two caches at a time
+            self.k[layer] = self.k[layer].index_select(0, rows)
+            self.v[layer] = self.v[layer].index_select(0, rows)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c, d = config, config.head_dim
         self.config = config
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * d, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * d, c.hidden_size, bias=False)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(d, c.rms_norm_eps)
-            self.k_norm = RMSNorm(d, c.rms_norm_eps)
+        C, D = config.hidden_size, config.head_dim
+        queries = config.num_attention_heads * D
+        keys = config.num_key_value_heads * D
+        self.q_proj = nn.Linear(C, queries, config.qkv_bias)
+        self.k_proj = nn.Linear(C, keys, config.qkv_bias)
+        self.v_proj = nn.Linear(C, keys, config.qkv_bias)
+        self.o_proj = nn.Linear(queries, C, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Cache | None,
-                slot: tuple[Tensor, slice, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: int,
+        cache: Cache | None,
+        slot: tuple | None,         # where the cache is written: one token a row
+        mask: Tensor | None,        # what it may see of the cache
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C): whole sequences, or with a `slot` one new token a row."""
         B, T, _ = x.shape
         D = self.config.head_dim
-        q = self.q_proj(x).view(B, T, -1, D)    # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, D)    # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)    # (B, K, T, D)
+        q = self.q_proj(x).view(B, T, -1, D)                        # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, D)                        # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, D)                        # (B, T, K, D)
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(q.transpose(1, 2), cos, sin),            # (B, H, T, D)
-                rotate(k.transpose(1, 2), cos, sin))            # (B, K, T, D)
-
-        if slot is None:                        # whole sequences from position 0: plain causal attention
-            if cache is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos, sin)                     # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), cos, sin)                     # (B, K, T, D)
+        v = v.transpose(1, 2)                                       # (B, K, T, D)
+        if slot is None:
+            if cache:
                 cache.k[layer][:, :, :T] = k
                 cache.v[layer][:, :, :T] = v
-            # float32 on CUDA: flash attention has none, and the other fast kernel takes no fewer key heads
-            if q.is_cuda and q.dtype == torch.float32:
-                k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                 enable_gqa=k.size(1) < q.size(1))          # (B, H, T, D)
-        else:                                   # one new token a row: write its slot, then read
-            cache.k[layer][slot] = k.squeeze(2)                                             # (B, K, D)
+            out = causal(q, k, v)                                   # (B, H, T, D)
+        else:
+            cache.k[layer][slot] = k.squeeze(2)                     # (B, K, D)
             cache.v[layer][slot] = v.squeeze(2)
-            S = mask.size(-1)                   # the slots in use; a group's query heads share one key head
-            q = q.reshape(B, self.config.num_key_value_heads, -1, D)                        # (B, K, H/K, D)
-            out = F.scaled_dot_product_attention(q, cache.k[layer][:, :, :S], cache.v[layer][:, :, :S], mask)
-        return self.o_proj(out.reshape(B, -1, T, D).transpose(1, 2).reshape(B, T, -1))      # (B, T, C)
+            S = mask.size(-1)
+            k = cache.k[layer][:, :, :S]                            # (B, K, S, D)
+            v = cache.v[layer][:, :, :S]
+            # the query heads that share a key head stand in the place of tokens
+            q = q.reshape(B, k.size(1), -1, D)                      # (B, K, H/K, D)
+            out = F.scaled_dot_product_attention(q, k, v, mask)     # (B, K, H/K, D)
+            out = out.reshape(B, -1, T, D)                          # (B, H, T, D)
+        out = out.transpose(1, 2).reshape(B, T, -1)                 # (B, T, H*D)
+        return self.o_proj(out)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: queries (B, H, T, D), keys and values (B, K, T, D) -> (B, H, T, D)."""
+    shared = q.size(1) // k.size(1)             # query heads per key head
+    # float32 on CUDA: flash attention has none, and the other fast kernel takes no fewer key heads
+    if q.is_cuda and q.dtype == torch.float32:
+        k = k.repeat_interleave(shared, 1)
+        v = v.repeat_interleave(shared, 1)
+        shared = 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
 
 
 class MLP(nn.Module):
@@ -152,9 +184,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        C = config.hidden_size
+        inner = config.intermediate_size
+        self.gate_proj = nn.Linear(C, inner, bias=False)
+        self.up_proj = nn.Linear(C, inner, bias=False)
+        self.down_proj = nn.Linear(inner, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -169,8 +203,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention_inputs) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, *attention_inputs)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -186,7 +222,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.recompute = config, False
+        self.config = config
+        self.recompute = False
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -196,25 +233,29 @@ class Transformer(nn.Module):
                slots: int = 0) -> Tensor:
         """Hidden states (B, T, C) before the output projection.
 
-        Without `positions`: whole right-padded sequences `ids` (B, T), written to the cache if there is one.
-        With `positions` (B) and `ids` (B, 1): one decoding step against the first `slots` slots of the cache.
-        A slot beyond a row's own position (a pad of its prompt, or not yet written) is masked.
+        Without `positions`, `ids` (B, T) are whole right-padded sequences, which are written to the
+        cache if there is one. With `positions` (B), `ids` (B, 1) are one decoding step, which reads
+        the first `slots` slots of the cache. A slot beyond a row's own position is masked: it holds
+        a pad of the row's prompt, or nothing yet.
         """
-        x = self.model.embed_tokens(ids)                                                 # (B, T, C)
+        x = self.model.embed_tokens(ids)                                    # (B, T, C)
         if positions is None:
-            at, slot, mask = torch.arange(ids.size(1), device=ids.device), None, None
+            positions = torch.arange(ids.size(1), device=ids.device)        # (T)
+            slot = mask = None
         else:
-            slot = torch.arange(len(ids), device=ids.device), slice(None), positions     # of (B, K, S, D)
-            at = positions[:, None, None]                                                # (B, 1, 1)
-            seen = torch.arange(slots, device=ids.device) <= at.unsqueeze(-1)            # (B, 1, 1, S)
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)  # added to the scores
-        cos, sin = rotary_tables(at, self.config)
+            rows = torch.arange(len(ids), device=ids.device)
+            slot = (rows, slice(None), positions)                           # of (B, K, S, D)
+            positions = positions[:, None, None]                            # (B, 1, 1)
+            unseen = torch.arange(slots, device=ids.device) > positions.unsqueeze(-1)
+            mask = x.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)    # (B, 1, 1, S)
+        cos, sin = rotary_tables(positions, self.config)                    # (…, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in enumerate(self.model.layers):
+            inputs = (x, cos, sin, layer, cache, slot, mask)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, layer, cache, slot, mask, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, cos, sin, layer, cache, slot, mask)
+                x = block(*inputs)
         return self.model.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:

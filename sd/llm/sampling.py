@@ -1,17 +1,22 @@
 """Batched sampling with a key/value cache: prompts in, token ids and their log-probabilities out.
 
-Prompts are padded on the right, like everything here: a row's next token goes to its own position, over the
-pads of its prompt, and slots beyond a row's position are masked, so no pad is ever seen. A prompt that is
-sampled several times (a GRPO group, Avg@k) is prefilled once. Rows that reached EOS are dropped from the
-batch now and then, so a short rollout does not wait for a long one at full cost. Only temperature shapes the
-distribution: top-p and top-k would bias the log-probabilities that the loss relies on.
+Prompts are padded on the right, like everything here. A row's next token goes to its own position,
+over the pads of its prompt, and slots beyond a row's position are masked, so no pad is ever seen. A
+prompt that is sampled several times (a GRPO group, Avg@k) is prefilled once. Every few tokens the
+rows that have reached EOS are dropped, so that a few long rollouts do not cost as much as a batch.
+Only temperature shapes the distribution: top-p and top-k would bias the log-probabilities that the
+loss relies on.
 
-All randomness is one uniform number per rollout and token, drawn beforehand from a seed. So a rollout does
-not depend on which others share its batch, on the number of processes, or on the device, but for rounding (in
-bfloat16 that is coarse: some rollouts in a hundred then part ways); a resumed run needs no generator state.
+All randomness is one uniform number per rollout and token, drawn beforehand from a seed. A rollout
+therefore does not depend on the others in its batch, on the number of processes or on the device,
+except for rounding (which is coarse in bfloat16: there some rollouts in a hundred part ways). A
+resumed run needs no generator state.
+
+Letters: P prompts, N = P * group rollouts, R rows of the shrinking batch, T = max_new_tokens, V
+vocabulary.
 """
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +25,14 @@ from torch import Tensor
 from sd.llm.compile import decoder, prepared
 from sd.llm.model import Cache, Transformer
 
-CHECK_EVERY = 8     # tokens between two looks at which rows are finished: each look waits for the device
+CHECK_EVERY = 8     # tokens until finished rows are looked for again, which waits for the device
 
 
-@dataclass
-class Rollouts:
-    """N completions, right-padded to T tokens; row i continues prompt i // group."""
+class Sampled(NamedTuple):
+    """N completions, padded on the right with 0; row i continues prompt i // group."""
     ids: Tensor         # (N, T)
     lengths: Tensor     # (N) tokens, EOS included
-    logprobs: Tensor    # (N, T) at the sampling temperature, float32, 0 on the padding
+    logprobs: Tensor    # (N, T) at the sampling temperature, float32
     truncated: Tensor   # (N) bool: ran out of tokens without EOS
 
     def completions(self) -> list[list[int]]:
@@ -42,63 +46,63 @@ def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
 
 
 def uniforms(rows: int, tokens: int, seed: int, *purpose) -> Tensor:
-    """Uniform in [0, 1): (rows, tokens) in float64 on the CPU, an independent stream per (seed, purpose)."""
-    bits = random.Random(" ".join(map(str, (seed, *purpose)))).getrandbits(63)
-    return torch.rand(rows, tokens, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    """Uniform in [0, 1): (rows, tokens), float64, on the CPU; one stream per (seed, purpose)."""
+    name = " ".join(map(str, (seed, *purpose)))
+    bits = random.Random(name).getrandbits(63)
+    generator = torch.Generator().manual_seed(bits)
+    return torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples from softmax(logits / temperature) (N, V): ids (N) and log-probabilities (N). 0 means greedy.
+    """Samples from softmax(logits / temperature) (R, V): ids (R) and log-probabilities (R).
 
-    By the inverse of the cumulative distribution at `uniform` (N), without a host round trip. In float64: in
-    float32 the sum over a large vocabulary rounds away what its rare tokens have.
+    It inverts the cumulative distribution at `uniform` (R), without waiting for the device. In
+    float64: in float32 the sum over a large vocabulary would round its rare tokens away.
+    Temperature 0 means greedy.
     """
-    probs = F.softmax(logits.float() / (temperature or 1.0), dim=-1)                        # (N, V)
+    probs = F.softmax(logits.float() / (temperature or 1.0), dim=-1)        # (R, V)
     if temperature == 0:
         ids = probs.argmax(-1)
     else:
-        cumulative = probs.cumsum(-1, dtype=torch.float64)                                  # (N, V)
-        at = uniform.unsqueeze(-1) * cumulative[:, -1:]
-        ids = torch.searchsorted(cumulative, at, right=True).squeeze(-1)                    # (N)
-        ids = ids.clamp(max=logits.size(-1) - 1)  # only NaN logits get there; the caller sees it in logprobs
+        cumulative = probs.cumsum(-1, dtype=torch.float64)                  # (R, V)
+        target = uniform.unsqueeze(-1) * cumulative[:, -1:]                 # (R, 1)
+        ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        ids = ids.clamp(max=logits.size(-1) - 1)    # only NaN gets there; logprobs will show it
     return ids, probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
 
 
 @torch.inference_mode()
-def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...], max_new_tokens: int,
-           temperature: float = 1.0, group: int = 1, noise: Tensor | None = None,
-           compile: bool = False) -> Rollouts:
-    """Samples `group` completions of each prompt, up to and including EOS or `max_new_tokens` tokens.
+def sample(model: Transformer, prompts: list[list[int]], eos: tuple[int, ...],
+           max_new_tokens: int, temperature: float = 1.0, group: int = 1,
+           noise: Tensor | None = None, compile: bool = False) -> Sampled:
+    """Samples `group` completions of each prompt, up to and including EOS or T tokens.
 
-    `noise` (prompts * group, max_new_tokens) are numbers from `uniforms`; None draws fresh ones.
+    `noise` (N, T) are numbers from `uniforms`; None stands for those of seed 0.
     """
-    device = model.lm_head.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (P)
-    cache = Cache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, model.lm_head.weight)
-    model = prepared(model, len(prompts) * group, max_new_tokens)
-    hidden = model.hidden(pad(prompts, device), cache)                                      # (P, longest, C)
-    logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), lengths - 1])  # (P, V)
-
-    group_rows = torch.arange(len(prompts), device=device).repeat_interleave(group)         # (N)
-    if group > 1:
-        cache.select(group_rows)
-    logits, positions = logits[group_rows], lengths[group_rows]
-    longest, N = max(map(len, prompts)), len(group_rows)
-    out = Rollouts(torch.zeros(N, max_new_tokens, dtype=torch.long, device=device),
-                   torch.zeros(N, dtype=torch.long, device=device),
-                   torch.zeros(N, max_new_tokens, device=device),
-                   torch.ones(N, dtype=torch.bool, device=device))
-    noise = (torch.rand(N, max_new_tokens, dtype=torch.float64) if noise is None else noise).to(device)
+    N = len(prompts) * group
+    if noise is None:
+        noise = uniforms(N, max_new_tokens, 0)
+    model = prepared(model, N, max_new_tokens)
+    logits, positions, cache = prefill(model, prompts, group, max_new_tokens)
+    noise = noise.to(logits.device)
+    with torch.device(logits.device):
+        out = Sampled(
+            ids=torch.zeros(N, max_new_tokens, dtype=torch.long),
+            lengths=torch.zeros(N, dtype=torch.long),
+            logprobs=torch.zeros(N, max_new_tokens),
+            truncated=torch.ones(N, dtype=torch.bool),
+        )
+        rows = torch.arange(N)              # (R) which rollout each row of the batch is
+        ends = torch.tensor(eos)
     step = decoder(model, cache, compile)
-    ends = torch.tensor(eos, device=device)         # one id or several
-    rows = torch.arange(N, device=device)           # which rollout a row of the shrinking batch belongs to
-    going = torch.ones(N, dtype=torch.bool, device=device)
+    slots = max(map(len, prompts))
     for t in range(max_new_tokens):
-        ids, logprobs = draw(logits, temperature, noise[rows, t])           # (rows), (rows)
-        out.ids[rows, t] = ids * going          # a finished row samples on until it is dropped: write pads
+        ids, logprobs = draw(logits, temperature, noise[rows, t])
+        going = out.truncated[rows]         # (R); a finished row samples on until it is dropped
+        out.ids[rows, t] = ids * going
         out.logprobs[rows, t] = logprobs * going
         out.lengths[rows] += going
-        going = going & ~torch.isin(ids, ends)
+        going &= ~torch.isin(ids, ends)
         out.truncated[rows] = going
         if t == max_new_tokens - 1:
             break
@@ -106,25 +110,27 @@ def sample(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, .
             keep = going.nonzero().squeeze(-1)
             if len(keep) == 0:
                 break
-            # copying the cache pays only if enough rows go; to compiled code a single row is a special case
-            if len(keep) <= 0.75 * len(rows) and (len(keep) > 1 or not compile):
+            if len(keep) <= 0.75 * len(rows):   # copying the cache must save more than it costs
                 cache.select(keep)
-                rows, going, ids, positions = rows[keep], going[keep], ids[keep], positions[keep]
-        logits = step(ids, positions, longest + t + 1)
-        positions = positions + 1
-    width = int(out.lengths.max())
-    return Rollouts(out.ids[:, :width], out.lengths, out.logprobs[:, :width], out.truncated)
+                rows, ids, positions = rows[keep], ids[keep], positions[keep]
+                step = decoder(model, cache, compile)
+        slots += 1
+        logits = step(ids, positions, slots)        # (R, V)
+        positions += 1
+    return out
 
 
-def sample_in_parts(model: Transformer, prompts: list[list[int]], eos: int | tuple[int, ...],
-                    max_new_tokens: int, temperature: float, group: int, noise: Tensor, rows: int,
-                    compile: bool = False) -> Rollouts:
-    """`sample`, at most `rows` rollouts at once (at least a group): bounds the cache, changes no rollout."""
-    step = max(1, rows // group)
-    parts = [sample(model, prompts[at:at + step], eos, max_new_tokens, temperature, group,
-                    noise[at * group:(at + step) * group], compile)
-             for at in range(0, len(prompts), step)]
-    width = max(part.ids.size(1) for part in parts)
-    wide = lambda tensors: torch.cat([F.pad(t, (0, width - t.size(1))) for t in tensors])
-    return Rollouts(wide([p.ids for p in parts]), torch.cat([p.lengths for p in parts]),
-                    wide([p.logprobs for p in parts]), torch.cat([p.truncated for p in parts]))
+def prefill(model: Transformer, prompts: list[list[int]], group: int,
+            max_new_tokens: int) -> tuple[Tensor, Tensor, Cache]:
+    """Reads each prompt once: the first token's logits (N, V) and position (N), the cache."""
+    weight = model.model.embed_tokens.weight
+    ids = pad(prompts, weight.device)                                       # (P, longest)
+    lengths = torch.tensor([len(p) for p in prompts], device=ids.device)    # (P)
+    cache = Cache(model.config, len(prompts), ids.size(1) + max_new_tokens, weight)
+    hidden = model.hidden(ids, cache)                                       # (P, longest, C)
+    each = torch.arange(len(prompts), device=ids.device)
+    logits = model.lm_head(hidden[each, lengths - 1])                       # (P, V)
+    repeated = each.repeat_interleave(group)                                # (N)
+    if group > 1:
+        cache.select(repeated)
+    return logits[repeated], lengths[repeated], cache

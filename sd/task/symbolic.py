@@ -1,117 +1,134 @@
-"""The embedded task's critic: exact, as judgements are arithmetic and continuations are derived."""
+"""The embedded task's critic. It is exact: judging a step is arithmetic, going on is a derivation.
+
+`times_table.check` judges the trace, `times_table.derive` finishes it. critic.py has the four cases
+and the three ways of quoting.
+"""
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sd import UserError
 from sd.answers import equal
-from sd.critic import Critique
 from sd.problems import Problem
-from sd.steps import Step, parse, render
+from sd.rollouts import Critique, Rollout
+from sd.steps import render
 from sd.task import times_table as tt
 
 
+@dataclass(frozen=True)
 class SymbolicCritic:
-    """Exact on the embedded task: judgements are arithmetic (`times_table.check`), continuations derived."""
+    """Critiques rollouts on sums of products."""
+    quoting: str = "partial"
+    noise: float = 0.0              # share of the corrected products that are made wrong again
 
-    def __init__(self, quoting: str = "partial", noise: float = 0.0):
-        self.quoting, self.noise = quoting, noise    # noise: share of corrected products wrong on purpose
+    def check(self, problems: list[Problem]) -> None:
+        """Raises UserError at the first problem that it cannot read, or whose answer is wrong."""
+        for problem in problems:
+            _products(problem)
 
-    def batch(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[Critique]:
-        return [self(*rollout) for rollout in zip(problems, texts, truncated)]
+    def batch(self, rollouts: list[Rollout]) -> list[Critique]:
+        return [self(rollout) for rollout in rollouts]
 
-    def __call__(self, problem: Problem, text: str, truncated: bool = False) -> Critique:
-        """The critique of one trace. Raises UserError on a problem that is not a sum of products."""
-        try:
-            pairs = tt.read_problem(problem.problem)
-        except ValueError as error:
-            raise UserError(f"problem {problem.id}: the symbolic critic cannot read it, {error}") from None
-        if not equal(problem.answer, str(sum(a * b for a, b in pairs))):
-            raise UserError(f"problem {problem.id}: its answer is not the sum of its products; correct it")
-        trace = parse(text)
-        written = list(trace.steps)
-        if truncated and written and trace.answer is None and not written[-1].closed:
-            written.pop()                                   # cut off in mid-step: unfinished, not wrong
-        answered = trace.answer is not None and (trace.answer.closed or not truncated)
-        notation, interleaved = _habits(written, len(pairs))
+    def __call__(self, rollout: Rollout) -> Critique:
+        """The critique of one rollout. Raises UserError as `check` does."""
+        written = list(rollout.trace.steps)
+        answer = rollout.trace.answer
+        if rollout.truncated and answer is None and written and not written[-1].closed:
+            written.pop()                   # cut off in its middle: unfinished, not wrong
+        answered = answer is not None and (answer.closed or not rollout.truncated)
+        wrong_answer = answered and not rollout.reward
+        equations = [tt.read_equation(step.text) for step in written]
+        pairs = _products(rollout.problem)
+        notation, interleaved = _habits(equations, len(pairs))
 
-        # a true step said twice is superfluous in a right rollout, but takes another's place in a wrong one
-        wrong_kinds = ({"wrong", "again"} if answered and not equal(trace.answer.text, problem.answer)
-                       else {"wrong"})
-        order, texts = _own_order(written, pairs), [step.text for step in written]
-        verdicts = tt.check(tt.State(list(order)), texts)
-        wrong = next((i for i, verdict in enumerate(verdicts) if verdict.kind in wrong_kinds), None)
-        state = tt.State(list(order))
-        tt.check(state, texts[:len(verdicts) if wrong is None else wrong])  # again, to where it went wrong
-        condense = wrong is None and not answered           # case C
-        critique, inserted = [], False
-        for verdict, step in zip(verdicts[:wrong], written):
-            critique += map(str, verdict.missing)
-            inserted |= bool(verdict.missing)
-            if not (condense and verdict.kind == "again"):
-                critique.append("correct" if self.quoting == "omit" else step.text)
-        if wrong is not None:
-            fixed = _corrected(state, verdicts[wrong].equation) or state.next(interleaved, notation)
-            if (fixed is not None and fixed.product
-                    and (rng := random.Random(f"{problem.id} {text}")).random() < self.noise):
-                fixed = replace(fixed, value=rng.choice(tt.usual_mistakes(tt.key((fixed.left, fixed.right)))))
-            if fixed is not None:                   # None: the derivation was complete, the step superfluous
-                state.apply(fixed)
+        # In a wrong rollout, a step said twice takes another's place; elsewhere it is superfluous.
+        state = tt.State(_own_order(equations, pairs))
+        right = tt.check(state, equations, repeats=not wrong_answer)
+        wrong = len(right)              # index of the first wrong step, or else that of the answer
+        wrong_step = wrong < len(written)
+        steps = []
+        for step, missing in zip(written, right):
+            steps += map(str, missing or [])
+            if missing is not None or wrong_step or answered:   # case C drops what was said before
+                steps.append("correct" if self.quoting == "omit" else step.text)
+        if wrong_step:
+            fixed = _corrected(state, equations[wrong], interleaved, notation)
+            if fixed is not None:
+                rng = random.Random(f"{rollout.problem.id} {rollout.trace.text}")
+                if fixed.product and rng.random() < self.noise:
+                    fixed = replace(fixed, value=rng.choice(tt.usual_mistakes(fixed.operands)))
                 notation = fixed.notation
-                critique.append(self._fix(written[wrong].text, str(fixed)))
-        rest = list(map(str, tt.derive(state, interleaved, notation)))
-        answer = str(state.pool[0]) if self.noise and len(state.pool) == 1 else problem.answer
-        if wrong is None and answered and not equal(trace.answer.text, problem.answer):
-            wrong = len(written)
-            answer = self._fix(trace.answer.text, answer)
-        case = "D" if wrong is not None else "C" if not answered else "B" if inserted or rest else "A"
-        return Critique(case, render(critique + rest, answer), wrong)
+                state.apply(fixed)
+                steps.append(self._correct(written[wrong].text, str(fixed)))
+        rest = tt.derive(state, interleaved, notation)
+        steps += map(str, rest)
+        final = str(state.pool[0]) if self.noise else rollout.problem.answer
+        if wrong_answer and not wrong_step:
+            final = self._correct(answer.text, final)
 
-    def _fix(self, wrong: str, right: str) -> str:
+        text = render(steps, final)
+        if wrong_step or wrong_answer:
+            return Critique("D", text, wrong)
+        if not answered:
+            return Critique("C", text)
+        return Critique("B" if rest or any(right) else "A", text)
+
+    def _correct(self, wrong: str, right: str) -> str:
         return f"{wrong}, so {right} is correct" if self.quoting == "full" else right
 
 
-def _habits(written: list[Step], products: int) -> tuple[int, bool]:
-    """The solver's notation and plan (sums as soon as possible?), read off its own steps."""
-    read = [tt.read_equation(step.text) for step in written]
-    equations = [e for e in read if e is not None]
-    notation = equations[-1].notation if equations else tt.SYMBOLS
-    first_sum = next((i for i, e in enumerate(read)     # unreadable steps count
-                      if e is not None and not e.product), None)
-    if first_sum is not None:
-        return notation, first_sum < products
-    # too early to see: words go with adding as one goes
-    return notation, notation == tt.WORDS and len(equations) < 3
+def _products(problem: Problem) -> list[tt.Pair]:
+    pairs = tt.read_problem(problem.problem)
+    if pairs is None:
+        raise UserError(f"problem {problem.id}: the symbolic critic reads only sums of products "
+                        f"such as '7*8 + 6*9', not {problem.problem[:80]!r}")
+    if not equal(problem.answer, str(sum(a * b for a, b in pairs))):
+        raise UserError(f"problem {problem.id}: its answer is not the sum of its products")
+    return pairs
 
 
-def _own_order(written: list[Step], pairs: list[tt.Pair]) -> list[tt.Pair]:
+def _habits(equations: list[tt.Equation | None], products: int) -> tuple[int, bool]:
+    """The solver's notation, and whether it adds as it goes, read off its own steps."""
+    readable = [equation for equation in equations if equation is not None]
+    notation = readable[-1].notation if readable else tt.SYMBOLS
+    for i, equation in enumerate(equations):        # steps that cannot be read count too
+        if equation is not None and not equation.product:
+            return notation, i < products
+    # Too early to see: words go with adding as one goes.
+    return notation, notation == tt.WORDS and len(readable) < 3
+
+
+def _own_order(equations: list[tt.Equation | None], pairs: list[tt.Pair]) -> list[tt.Pair]:
     """The products in the order in which the solver takes them.
 
-    A step that is none of them (a misread factor, a product said twice) stands for one that the solver never
-    takes: in `7*8 + 6*9 + 3*4`, the steps 7*8, 7*9, 3*4 mean 7*8, 6*9, 3*4. Correcting 7*9 into 3*4, the next
-    one left, would reward the solver for a scrambled order, and it does learn that.
+    A step that is none of them (a misread factor, a product said twice) stands for one that the
+    solver never takes: in `7*8 + 6*9 + 3*4`, the steps 7*8, 7*9, 3*4 mean 7*8, 6*9, 3*4. Correcting
+    7*9 into 3*4, the next one left, would reward the solver for a scrambled order, and it does
+    learn that.
     """
     order, left = [], list(pairs)
-    for equation in (tt.read_equation(step.text) for step in written):
+    for equation in equations:
         if equation is not None and not equation.product:
             continue
-        match = tt.find(left, equation) if equation is not None else None
-        order.append((equation.left, equation.right) if match else None)
-        if match:
-            left.remove(match)
-    filled = []
-    for pair in order:
-        if pair is None and left:
-            pair = left.pop(0)
+        pair = equation and tt.find(left, equation)
         if pair is not None:
-            filled.append(pair)
-    return filled + left
+            left.remove(pair)
+            pair = equation.operands        # the solver's own order of the factors
+        order.append(pair)
+    while None in order:
+        i = order.index(None)
+        order[i:i + 1] = left[:1]           # nothing, if no product is left
+        left = left[1:]
+    return order + left
 
 
-def _corrected(state: tt.State, equation: tt.Equation | None) -> tt.Equation | None:
-    """The wrong step with its own operands and the true value; None if these operands do not belong here."""
-    if equation is None:
-        return None
-    truth = equation.left * equation.right if equation.product else equation.left + equation.right
-    fixed = replace(equation, value=truth)
-    verdict = tt.check(state.copy(), [str(fixed)])[0]
-    return fixed if verdict.kind == "right" and not verdict.missing else None
+def _corrected(state: tt.State, equation: tt.Equation | None, interleaved: bool,
+               notation: int) -> tt.Equation | None:
+    """The true step in place of a wrong one: with its operands, if they fit, or else the next one.
+
+    None if all has been derived, so that the step is superfluous.
+    """
+    if equation is not None:
+        fixed = replace(equation, value=equation.truth)
+        if tt.missing_steps(state, fixed) == []:
+            return fixed
+    return state.next(interleaved, notation)

@@ -1,17 +1,19 @@
-"""The embedded task: sums of products, a solver that knows half its times table, and an exact step checker.
+"""The embedded task: sums of products, a solver that half knows its times table, an exact checker.
 
-A problem is `7*8 + 6*9 + 3*4`. The solver's house notation writes all products first and then running sums,
-`<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`; a minority of its corpus is in words and adds as
-it goes, `7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs ("hard") the corpus is right 5 % of
-the time and otherwise makes one of eight usual mistakes: the solver does not know 7*8, and what it learns on
-one problem serves all.
+A problem is `7*8 + 6*9 + 3*4`. The solver's house notation writes all products first and then
+running sums, `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`. A minority of its corpus
+is in words and adds as it goes: `7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs
+("hard") the corpus is right 5 % of the time and otherwise makes one of eight usual mistakes: the
+solver does not know 7*8, and what it learns on one problem serves all.
 
-Everything here is arithmetic on equations: `derive` continues a derivation from any state (the corpus, the
-references and the critic all use it), `check` walks through a trace and says what is wrong with each step.
+Everything here is arithmetic on equations. `derive` continues a derivation from any state: the
+corpus, the references and the critic all use it. `check` walks through a trace up to its first
+wrong step.
 """
 import random
 import re
 from dataclasses import dataclass, field
+from math import prod
 
 LOW, HIGH = 2, 12                                   # factors
 PAIRS = [(a, b) for a in range(LOW, HIGH + 1) for b in range(a, HIGH + 1)]
@@ -19,32 +21,32 @@ HARD = frozenset(random.Random(2606).sample(PAIRS, len(PAIRS) // 2))
 CHANCE = 0.05                                       # how often the corpus is right on a hard pair
 
 Pair = tuple[int, int]
-SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations: 7*8=56, 7 times 8 is 56, 7 * 8 = 56
-# by notation, and whether it is a product or a sum
-SIGNS = {(SYMBOLS, True): ("*", "="), (WORDS, True): (" times ", " is "), (SPACED, True): (" * ", " = "),
-         (SYMBOLS, False): ("+", "="), (WORDS, False): (" plus ", " gives "), (SPACED, False): (" + ", " = ")}
-EQUALS = {"*": "=", "×": "=", "+": "=", "times": "is", "plus": "gives"}
-EQUATION = re.compile(r"(\d{1,6})( ?[*×+] ?| times | plus )(\d{1,6})( ?= ?| is | gives )(\d{1,6})")
+SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations
+PRODUCT = ("{}*{}={}", "{} times {} is {}", "{} * {} = {}")
+SUM = ("{}+{}={}", "{} plus {} gives {}", "{} + {} = {}")
+EQUATION = re.compile(                              # looking ahead, so that notations do not mix
+    r"(\d{1,6})( ?[*×+] ?(?=\d+ ?=)| times (?=\d+ is )| plus (?=\d+ gives ))(\d{1,6})"
+    r"(?: ?= ?| is | gives )(\d{1,6})")
 
 
 def key(pair: Pair) -> Pair:
     """7*8 and 8*7 are one fact."""
-    return (min(pair), max(pair))
+    return tuple(sorted(pair))
 
 
 def usual_mistakes(pair: Pair) -> list[int]:
-    """The eight nearest wrong values that people write: neighbouring multiples, off by one, off by ten."""
-    a, b = pair
-    near = ([a * (b + 1), a * (b - 1), (a + 1) * b, (a - 1) * b] +
-            [a * b + by for by in (1, -1, 10, -10, 2, -2)])
-    return [v for v in dict.fromkeys(near) if v > 1 and v != a * b][:8]
+    """The nearest wrong values that people write: other multiples, off by one, off by ten."""
+    a, b = key(pair)
+    differences = (a, -a, b, -b, 1, -1, 10, -10, 2, -2)
+    wrong = [a * b + by for by in differences if a * b + by > 1]
+    return list(dict.fromkeys(wrong))[:8]
 
 
 def belief(pair: Pair, rng: random.Random) -> int:
-    """What the untrained solver believes: the truth on easy pairs, mostly a usual mistake on hard ones."""
+    """What the untrained solver believes: the truth on easy pairs, mostly a mistake on hard."""
     if key(pair) in HARD and rng.random() >= CHANCE:
-        return rng.choice(usual_mistakes(key(pair)))
-    return pair[0] * pair[1]
+        return rng.choice(usual_mistakes(pair))
+    return prod(pair)
 
 
 @dataclass(frozen=True)
@@ -56,38 +58,43 @@ class Equation:
     notation: int = SYMBOLS
 
     @property
-    def true(self) -> bool:
-        return self.value == (self.left * self.right if self.product else self.left + self.right)
+    def operands(self) -> Pair:
+        return self.left, self.right
+
+    @property
+    def truth(self) -> int:
+        return prod(self.operands) if self.product else sum(self.operands)
 
     @property
     def fact(self) -> tuple[bool, Pair]:
-        """What it says, whatever the notation: a sum's operands have an order, a product's have none."""
-        return self.product, key((self.left, self.right)) if self.product else (self.left, self.right)
+        """What it says in any notation: a sum's operands have an order, a product's have none."""
+        return self.product, key(self.operands) if self.product else self.operands
 
     def __str__(self) -> str:
-        operator, equals = SIGNS[self.notation, self.product]
-        return f"{self.left}{operator}{self.right}{equals}{self.value}"
+        form = (PRODUCT if self.product else SUM)[self.notation]
+        return form.format(self.left, self.right, self.value)
 
 
 def read_equation(text: str) -> Equation | None:
     """`7*8=56`, `7 * 8 = 56` or `7 times 8 is 56`; None for anything else, mixtures too."""
     match = EQUATION.fullmatch(text)
-    if not match or match[4].strip() != EQUALS[match[2].strip()]:
+    if match is None:
         return None
-    operator = match[2].strip()
-    notation = WORDS if operator.isalpha() else SPACED if " " in match[2] else SYMBOLS
-    return Equation(int(match[1]), operator in ("*", "×", "times"), int(match[3]), int(match[5]), notation)
+    left, operator, right, value = match.groups()
+    sign = operator.strip()
+    notation = SPACED if " " in operator else SYMBOLS
+    if sign.isalpha():
+        notation = WORDS
+    return Equation(int(left), sign not in ("+", "plus"), int(right), int(value), notation)
 
 
-def read_problem(text: str) -> list[Pair]:
-    """The products of `7*8 + 6*9`, or of `What is 7 times 8 plus 6 times 9?`, for a solver not made for this.
-
-    Raises ValueError on any other text: the symbolic critic reads nothing else.
-    """
-    plain = re.sub(r"What is (.+)\?", r"\1", text).replace(" plus ", " + ").replace(" times ", "*")
+def read_problem(text: str) -> list[Pair] | None:
+    """The products of `7*8 + 6*9`, or of `What is 7 times 8 plus 6 times 9?`; else None."""
+    plain = re.sub(r"What is (.+)\?", r"\1", text)
+    plain = plain.replace(" plus ", " + ").replace(" times ", "*")
     if not re.fullmatch(r"\d{1,2}\*\d{1,2}( \+ \d{1,2}\*\d{1,2})*", plain):
-        raise ValueError(f"not a sum of products such as '7*8 + 6*9': {text[:80]!r}")
-    return [tuple(int(f) for f in product.split("*")) for product in plain.split(" + ")]
+        return None
+    return [tuple(map(int, product.split("*"))) for product in plain.split(" + ")]
 
 
 def write_problem(pairs: list[Pair]) -> str:
@@ -96,12 +103,15 @@ def write_problem(pairs: list[Pair]) -> str:
 
 def find(pairs: list[Pair], equation: Equation) -> Pair | None:
     """The pair among `pairs` that a product is about, in either order of its factors."""
-    return next((pair for pair in pairs if key(pair) == key((equation.left, equation.right))), None)
+    for pair in pairs:
+        if key(pair) == key(equation.operands):
+            return pair
+    return None
 
 
 @dataclass
 class State:
-    """Where a derivation stands: products still to do, values still to add (a running sum stands first)."""
+    """Where a derivation stands: products to do, and values to add, a running sum first."""
     todo: list[Pair]
     pool: list[int] = field(default_factory=list)
     done: list[Equation] = field(default_factory=list)
@@ -116,13 +126,14 @@ class State:
             self.pool.remove(equation.right)
             self.pool.insert(0, equation.value)
 
-    def copy(self) -> "State":
-        return State(list(self.todo), list(self.pool), list(self.done))
+    def next(self, interleaved: bool, notation: int, value=prod) -> Equation | None:
+        """The next equation of the plan; None when one value is left, which is the answer.
 
-    def next(self, interleaved: bool, notation: int, value=lambda pair: pair[0] * pair[1]) -> Equation | None:
-        """The next equation of the plan; None when one value is left, which is the answer."""
+        `value(pair)` is what the solver takes a product to be.
+        """
         if len(self.pool) > 1 and (interleaved or not self.todo):
-            return Equation(self.pool[0], False, self.pool[1], self.pool[0] + self.pool[1], notation)
+            a, b = self.pool[:2]
+            return Equation(a, False, b, a + b, notation)
         if self.todo:
             a, b = self.todo[0]
             return Equation(a, True, b, value((a, b)), notation)
@@ -130,70 +141,74 @@ class State:
 
     def justify(self, number: int, notation: int) -> Equation | None:
         """The unwritten equation that would put `number` into the pool, if one true step does."""
-        steps = ([Equation(a, True, b, a * b, notation) for a, b in self.todo] +
-                 [self.next(True, notation)])           # a sum, last
-        return next((step for step in steps if step is not None and step.value == number), None)
+        for a, b in self.todo:
+            if a * b == number:
+                return Equation(a, True, b, number, notation)
+        step = self.next(True, notation)                # a sum, or a product that is another number
+        if step is not None and step.value == number:
+            return step
+        return None
 
 
-def derive(state: State, interleaved: bool, notation: int,
-           value=lambda pair: pair[0] * pair[1]) -> list[Equation]:
-    """From `state` to the end: all products, then running sums, or (interleaved) sums as soon as possible."""
-    start = len(state.done)
-    while (equation := state.next(interleaved, notation, value)) is not None:
-        state.apply(equation)
-    return state.done[start:]
+def derive(state: State, interleaved: bool, notation: int, value=prod) -> list[Equation]:
+    """From `state` to the end: products, then running sums; interleaved, sums as they come."""
+    begun = len(state.done)
+    while state.todo or len(state.pool) > 1:
+        state.apply(state.next(interleaved, notation, value))
+    return state.done[begun:]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the checker says of one step. `missing` are the true steps it relies on that nobody wrote."""
-    kind: str                                   # right | again (true, but said before) | wrong
-    equation: Equation | None
-    missing: tuple[Equation, ...] = ()
+def check(state: State, equations: list[Equation | None],
+          repeats: bool) -> list[list[Equation] | None]:
+    """Judges steps in order, up to the first wrong one.
 
+    Returns, for each step before that one, the true steps that it relies on and nobody wrote; None
+    for a step that only repeats another, which is wrong unless `repeats` are allowed. The others
+    are applied to `state`.
 
-def check(state: State, texts: list[str]) -> list[Verdict]:
-    """Judges steps in order against `state`, until one is found wrong; `state` is left before that one.
-
-    A step is right if its arithmetic is true and its operands are the problem's: a product still to do, or
-    values that stand in the pool. Order, notation and grouping are the solver's own choice.
+    A step is right if its arithmetic is true and its operands are the problem's: a product still to
+    do, or values that stand in the pool. Order, notation and grouping are the solver's own choice.
     """
-    verdicts = []
-    for text in texts:
-        equation = read_equation(text)
-        true = equation is not None and equation.true
-        missing = _missing(state, equation) if true else None
-        said = true and equation.fact in [done.fact for done in state.done]
-        kind = "right" if missing is not None else "again" if said else "wrong"
-        verdicts.append(Verdict(kind, equation, tuple(missing or ())))
-        if kind == "wrong":
+    right = []
+    for equation in equations:
+        if equation is None or equation.value != equation.truth:
             break
-        for step in [*missing, equation] if kind == "right" else []:
-            state.apply(step)
-    return verdicts
+        missing = missing_steps(state, equation)
+        if missing is not None:
+            for step in [*missing, equation]:
+                state.apply(step)
+        elif not repeats or equation.fact not in [done.fact for done in state.done]:
+            break
+        right.append(missing)
+    return right
 
 
-def _missing(state: State, equation: Equation) -> list[Equation] | None:
-    """The unwritten true steps behind a true equation, at most one per operand; None if it does not fit."""
+def missing_steps(state: State, equation: Equation) -> list[Equation] | None:
+    """The true steps behind a true equation that nobody wrote; None if it does not belong here.
+
+    At most one per operand: what leaves out more than that is not a step.
+    """
     if equation.product:
         return [] if find(state.todo, equation) else None
-    trial, missing = state.copy(), []
-    for operand in (equation.left, equation.right):
-        if operand not in trial.pool and (step := trial.justify(operand, equation.notation)) is not None:
+    missing = []
+    trial = State(list(state.todo), list(state.pool))
+    for operand in equation.operands:
+        if operand not in trial.pool:
+            step = trial.justify(operand, equation.notation)
+            if step is None:
+                return None
             missing.append(step)
             trial.apply(step)
-        if operand not in trial.pool:
-            return None
         trial.pool.remove(operand)
     return missing
 
 
-def reference_text(pairs: list[Pair], values: list[int]) -> str:
-    """An independent author's solution in prose: other wording, and the author's order (that of `pairs`)."""
-    parts = [f"{a} multiplied by {b} makes {v}" for (a, b), v in zip(pairs, values)]
-    return "first " + ", then ".join(parts) + f", so {sum(values)} is correct"
+def reference_text(pairs: list[Pair], value=prod) -> str:
+    """An independent author's solution in prose, in the author's order: that of `pairs`."""
+    parts = [f"{pair[0]} multiplied by {pair[1]} makes {value(pair)}" for pair in pairs]
+    return f"first {', then '.join(parts)}, so {sum(map(value, pairs))} is correct"
 
 
 def author_order(pairs: list[Pair], rng: random.Random, same: float = 0.5) -> list[Pair]:
-    """The order in which an independent author takes the products: the problem's with probability `same`."""
+    """The order in which that author takes the products: the problem's with probability `same`."""
     return list(pairs) if rng.random() < same else rng.sample(pairs, len(pairs))

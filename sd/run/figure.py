@@ -1,0 +1,117 @@
+"""Small charts as self-contained SVG, in the reader's light or dark scheme.
+
+A chart is a list of marks, each a piece of SVG, and `document` puts them on a card. Marks are
+placed in pixels; an axis is a function from values to pixels. A line chart with intervals:
+
+    x = axis(10, 1000, 60, 520, log10)
+    y = axis(0, 100, 290, 30)                       # pixels count downwards
+    marks = ticks(x, (10, 100, 1000), 30, 290, vertical=True)
+    marks += ticks(y, range(0, 101, 20), 60, 520)
+    marks.append(line([(x(n), y(mean)) for n, mean in curve], "blue"))
+    marks += [interval((x(n), y(low)), (x(n), y(high)), "blue") for n, low, high in intervals]
+    marks.append(text(526, y(mean) + 4, "its name", "blue"))
+    svg = document("what the chart shows", 600, 350, marks)
+
+`style` is one or several class names: blue, orange, green, purple or grey (otherwise a mark has the
+text's colour); dashed for lines; bold, end and middle for texts, which are escaped.
+"""
+from collections.abc import Callable, Iterable
+from html import escape
+from math import copysign, log1p
+
+LINEAR = 0.1        # `symlog` is close to linear below, and to logarithmic above
+Axis = Callable[[float], float]
+Point = tuple[float, float]
+STYLE = """
+.figure { --card: #ffffff; --text: #1f2328; --rule: #d1d9e0; --grey: #59636e;
+          --blue: #2166ac; --orange: #c4570a; --green: #12876f; --purple: #8a1fb8;
+          font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif;
+          font-variant-numeric: tabular-nums; }
+@media (prefers-color-scheme: dark) {
+  .figure { --card: #0d1117; --text: #e6edf3; --rule: #3d444d; --grey: #9198a1;
+            --blue: #6cb0f5; --orange: #f0954a; --green: #5fd6b4; --purple: #c78bff; } }
+.figure .blue { --mark: var(--blue); }
+.figure .orange { --mark: var(--orange); }
+.figure .green { --mark: var(--green); }
+.figure .purple { --mark: var(--purple); }
+.figure .grey { --mark: var(--grey); }
+.figure .grid { --mark: var(--rule); }
+.figure rect, .figure circle, .figure text { fill: var(--mark, var(--text)); }
+.figure .card { fill: var(--card); }
+.figure path { stroke: var(--mark, var(--text)); stroke-width: 1.4; fill: none; }
+.figure .grid, .figure .zero { stroke-width: 1; }
+.figure path.dashed { stroke-dasharray: 5 4; }
+.figure text { stroke: var(--card); stroke-width: 3px; stroke-linejoin: round;
+               paint-order: stroke; }
+.figure .bold { font-weight: 600; font-size: 13px; }
+.figure .end { text-anchor: end; }
+.figure .middle { text-anchor: middle; }
+"""
+
+
+def symlog(value: float) -> float:
+    """The scale for both signs and several magnitudes: logarithmic, but linear about 0."""
+    return copysign(log1p(abs(value) / LINEAR), value)
+
+
+def axis(low: float, high: float, start: float, end: float, scale: Axis = float) -> Axis:
+    """Values to pixels: `low` to `start`, `high` to `end`; `scale`: float, math.log10 or symlog."""
+    first, last = scale(low), scale(high)
+
+    def place(value: float) -> float:
+        return start + (end - start) * (scale(value) - first) / (last - first)
+
+    return place
+
+
+def text(x: float, y: float, content: str, style: str = "") -> str:
+    """`y` is where its letters stand."""
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(content)}</text>'
+
+
+def line(points: Iterable[Point], style: str) -> str:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return f'<path class="{style}" d="M{path}"/>'
+
+
+def point(x: float, y: float, style: str) -> str:
+    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+
+
+def bar(start: float, end: float, y: float, style: str) -> str:
+    """A horizontal bar about `y`, in either direction."""
+    return (f'<rect class="{style}" x="{min(start, end):.1f}" y="{y - 6.5:.1f}" '
+            f'width="{abs(end - start):.1f}" height="13"/>')
+
+
+def interval(start: Point, end: Point, style: str = "") -> str:
+    """An error bar, horizontal or vertical: a line with a cap across each end."""
+    (x0, y0), (x1, y1) = start, end
+    cap = "v3.5v-7v3.5" if y0 == y1 else "h3.5h-7h3.5"
+    return f'<path class="{style}" d="M{x0:.1f} {y0:.1f}{cap}L{x1:.1f} {y1:.1f}{cap}"/>'
+
+
+def ticks(axis: Axis, values: Iterable[float], start: float, end: float,
+          vertical: bool = False) -> list[str]:
+    """Lines at `values`, with the numbers below or on the left; the line of 0 is stronger."""
+    marks = []
+    for value in values:
+        at = axis(value)
+        number = f"{value:g}".replace("-", "\u2212")
+        style = "grid" if value else "zero grey"
+        if vertical:
+            marks.append(line([(at, start), (at, end)], style))
+            marks.append(text(at, end + 16, number, "middle grey"))
+        else:
+            marks.append(line([(start, at), (end, at)], style))
+            marks.append(text(start - 8, at + 4, number, "end grey"))
+    return marks
+
+
+def document(label: str, width: int, height: int, marks: list[str]) -> str:
+    """The whole SVG; `label` is what a screen reader says of it."""
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" class="figure" role="img" aria-label="{escape(label)}">\n'
+            f'<style>{STYLE}</style>\n'
+            f'<rect class="card" width="{width}" height="{height}" rx="8"/>\n')
+    return head + "\n".join(marks) + "\n</svg>\n"
