@@ -18,6 +18,8 @@ from sd.llm.checkpoint import read_config, write_json
 from sd.metrics import evaluate
 from sd.problems import EMBEDDED, read_problems
 
+METRICS = ("avg", "maj", "pass")
+
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Evaluates one checkpoint and prints what it found."""
@@ -35,17 +37,13 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     who = f"self-teacher with {args.context}" if args.context else "student"
     print(f"{folder} ({who}): {len(problems)} {args.test.stem} problems, {args.samples} samples "
           f"each, {result['seconds']} s")
-    for name in metric_names(args.samples):
-        m = result[name]
-        print(f"  {name.capitalize():8s} {m['mean']:6.2f}   "
+    for name in METRICS:
+        m = result[f"{name}@{args.samples}"]
+        print(f"  {name.capitalize()}@{args.samples} {m['mean']:8.2f}   "
               f"95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
     print(f"  mean length {result['mean_length']:.1f} tokens, "
           f"truncated {result['truncated']:.1f} %", flush=True)
     return result
-
-
-def metric_names(samples: int) -> list[str]:
-    return [f"{name}@{samples}" for name in ("avg", "maj", "pass")]
 
 
 @command("eval.py", __doc__)
@@ -64,10 +62,10 @@ def main(parser: argparse.ArgumentParser) -> None:
     results = [measure(folder, args) for folder in args.folders]
     if len(results) > 1:
         print(f"mean ± standard deviation over {len(results)} checkpoints")
-        for name in metric_names(args.samples):
-            means = [r[name]["mean"] for r in results]
+        for name in METRICS:
+            means = [r[f"{name}@{args.samples}"]["mean"] for r in results]
             mean, spread = statistics.mean(means), statistics.stdev(means)
-            print(f"  {name.capitalize():8s} {mean:6.2f} ± {spread:.2f}")
+            print(f"  {name.capitalize()}@{args.samples} {mean:8.2f} ± {spread:.2f}")
     if args.json:
         write_json(args.json, results if len(results) > 1 else results[0])
         print(f"written: {args.json}")

@@ -20,6 +20,7 @@ import torch
 from sd import Stopped, UserError, command
 from sd.conditions import Teacher, accumulate, feedback, open_critic
 from sd.config import Config, parse_config
+from sd.critic import Critic
 from sd.llm.checkpoint import load
 from sd.llm.lora import add_lora
 from sd.llm.model import Transformer
@@ -37,12 +38,10 @@ LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 
 def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
     """The whole method. Raises Stopped, with everything saved, if the user asked for it."""
-    student, tokenizer = open_student(config, ranks.device)
+    student, tokenizer = open_student(config)
     limit = student.config.max_position_embeddings - config.max_new_tokens      # tokens of a prompt
     problems, validation = read_data(config, tokenizer, limit)
-    teacher = None if config.cond == "grpo" else Teacher(config.teacher, student, config.ema_decay)
-    critique = config.cond == "critique"
-    critic = open_critic(config, student, tokenizer, problems) if critique else None
+    teacher, critic = open_feedback(config, student, tokenizer, problems)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
     order = data_order(config, len(problems))
@@ -76,11 +75,12 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
             feedback(config.cond, rollouts, group, critic, tokenizer, limit)
 
             # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's
-            tokens = ranks.total(sum(len(r.completion) for r in rollouts if r.counts))
+            tokens = ranks.total(sum(len(r.completion) for r in rollouts if r.in_normaliser))
             loss = ranks.total(accumulate(student, teacher, rollouts, config, tokens))
             ranks.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
             rows = ranks.gather([r.row() for r in rollouts])
+            run.log_rollouts(step + 1, rows[:LOGGED])
             refuse_nonsense(step + 1, loss, norm, rows)
 
             # 4. step
@@ -91,15 +91,15 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
 
             # 5. log
             run.stepped(step + 1, {"loss": loss, **averages(rows), "grad_norm": norm,
-                                   "rollouts": (step + 1) * len(rows)}, rows[:LOGGED])
+                                   "rollouts": (step + 1) * len(rows)})
         run.close()
     if run.evaluated_at != steps:
         raise Stopped(stop.number or signal.SIGTERM)        # or another process was told
 
 
-def open_student(config: Config, device: torch.device) -> tuple[Transformer, Tokenizer]:
+def open_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """The model to train, with its adapter if it has one, and its tokenizer."""
-    student, tokenizer = load(config.model or EMBEDDED, config.torch_dtype, device)
+    student, tokenizer = load(config.model or EMBEDDED, config.torch_dtype, config.torch_device)
     if config.lora_rank:
         alpha = config.lora_alpha or 2.0 * config.lora_rank
         add_lora(student, config.lora_rank, alpha, config.seed)
@@ -107,12 +107,27 @@ def open_student(config: Config, device: torch.device) -> tuple[Transformer, Tok
     return student, tokenizer
 
 
+def open_feedback(config: Config, student: Transformer, tokenizer: Tokenizer,
+                  problems: list[Problem]) -> tuple[Teacher | None, Critic | None]:
+    """The self-teacher and the critic that the condition needs, made of the initial policy.
+
+    So this comes before a resumed run's weights are loaded into the student.
+    """
+    teacher = critic = None
+    if config.cond != "grpo":
+        teacher = Teacher(config.teacher, student, config.ema_decay)
+    if config.cond == "critique":
+        policy = teacher.model if config.teacher == "base" else student
+        critic = open_critic(config, policy, tokenizer, problems)
+    return teacher, critic
+
+
 def read_data(config: Config, tokenizer: Tokenizer,
               limit: int) -> tuple[list[Problem], list[Problem]]:
     """Training and validation problems.
 
-    Raises UserError if they overlap, if `ref` lacks a solution, or if a prompt has more than
-    `limit` tokens: the self-teacher's too, even without any context.
+    Raises UserError if they overlap, if `ref` lacks a solution, or if the student's prompt or the
+    self-teacher's with an empty context has more than `limit` tokens.
     """
     problems = read_problems(Path(config.data)) if config.data else embedded("train")
     validation = read_problems(Path(config.val)) if config.val else embedded("val")
@@ -159,12 +174,13 @@ def refuse_nonsense(step: int, loss: float, norm: float, rows: list[dict]) -> No
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step}: the loss is {loss} and its gradient norm {norm:.3g}; nothing was "
-            "updated. Lower --lr, or look at the run's rollouts.jsonl")
+            "updated. Begin again with a lower --lr, or look at the run's rollouts.jsonl")
     reasons = [row.get("malformed") for row in rows]
     if step == 1 and len(rows) >= 8 and all(reasons):
         raise UserError(
             f"step 1: all {len(rows)} critiques are malformed, the first one: {reasons[0]}; "
-            "nothing was updated. Raise --critic-tokens or choose another --critic")
+            "nothing was updated. They are in the run's rollouts.jsonl; begin again with more "
+            "--critic-tokens or another --critic")
 
 
 def averages(rows: list[dict]) -> dict:
@@ -186,10 +202,10 @@ def main(parser: argparse.ArgumentParser) -> None:
     ranks = Ranks(config.torch_device)
     with RunFolder(config, ranks, args.resume) as run:
         train(config, run, ranks)
-        test = f"python eval.py {shlex.quote(f'{run.path}/best')}"
+        test = (f"python eval.py {shlex.quote(f'{run.path}/best')} "
+                f"--temperature {config.temperature} --max-new-tokens {config.max_new_tokens}")
         if config.data:
-            test += (f" --test TEST.jsonl --max-new-tokens {config.max_new_tokens} "
-                     f"--temperature {config.temperature}")
+            test += " --test TEST.jsonl"
         run.say(f"done. best validation Avg@{config.eval_samples} {100 * run.best:.2f}, "
                 f"at step {run.best_at}; curves: {run.path}/report.html\n"
                 f"now on the test problems:\n  {test}")

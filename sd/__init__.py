@@ -20,12 +20,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a type for it on CUDA alone, and not always; else only the message tells."""
+    """PyTorch raises a type of its own only on CUDA, and not always: else the message is all."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory",
              "not create a primitive")
-    if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in words)
-    return isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[], int]]:
@@ -42,10 +40,8 @@ def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[
             try:
                 main(parser)
                 return 0
-            except (UserError, OSError) as error:
+            except (UserError, OSError, FloatingPointError) as error:
                 status, message = 2, str(error)
-            except FloatingPointError as error:
-                status, message = 1, str(error)
             except KeyboardInterrupt as stop:
                 status, message = 128 + getattr(stop, "number", 2), "stopped"
             except (RuntimeError, MemoryError) as error:

@@ -67,7 +67,7 @@ class Row:
     end: int
 
     def places(self) -> np.ndarray:
-        """(T) indices into KINDS, and 4 after the wrong step."""
+        """(T) indices into KINDS; what comes after the wrong step has 4, not 3."""
         tokens = np.arange(len(self.pieces))
         return np.digitize(tokens, [self.start, self.first, self.first + 1, self.end])
 
@@ -271,7 +271,7 @@ def main(parser: argparse.ArgumentParser) -> None:
                         help="folder of the self-teacher (default: the student)")
     parser.add_argument("--data", type=Path, default=EMBEDDED / "val.jsonl",
                         help="problems, JSONL (default: the embedded validation problems)")
-    parser.add_argument("--problems", type=int, default=1_000_000, help="only the first so many")
+    parser.add_argument("--problems", type=int, default=10 ** 6, help="only the first so many")
     parser.add_argument("--critic", default="symbolic",
                         help="symbolic (embedded problems only; it quotes in three ways), self "
                         "(the teacher), a checkpoint FOLDER or a server's URL")

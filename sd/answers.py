@@ -13,10 +13,10 @@ Values count, not forms: `(x+1)^2` is `x^2+2x+1`. But unlike in a computer algeb
 product of plain numbers is unfinished and equals no number: otherwise the problem `7*8 + 6*9` would
 be its own answer.
 
-Simplified: letters under a root count as positive, and sqrt(-1) is the letter i. Whether a formula,
-or a multiple of a prime > 170, is a square modulo PRIME is left to chance: a product of two roots
-of such values may fail to equal the root of their product. sin and log are not evaluated, equations
-are not rearranged.
+Simplified: letters under a root count as positive, and sqrt(-1) is the letter i, whose square is
+not -1. Whether a formula, or a multiple of a prime > 170, is a square modulo PRIME is left to chance: a
+product of two roots of such values may fail to equal the root of their product. sin and log are not
+evaluated, equations are not rearranged.
 """
 import re
 from dataclasses import dataclass
@@ -122,7 +122,10 @@ Value = Fraction | int | list | str
 
 
 def final_answer(trace: Trace, truncated: bool) -> str | None:
-    r"""The last complete `<answer>`, or else `\boxed{…}`, or else `#### …` line; or None."""
+    r"""The last `<answer>`, or else the last `\boxed{…}`, or else the last `#### …` line.
+
+    None if there is none of them, or if the last `<answer>` was cut off.
+    """
     answer, text = trace.answer, trace.text
     if answer is None:
         if not truncated:

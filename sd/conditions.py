@@ -28,11 +28,11 @@ from sd.llm.tokenizer import Tokenizer
 from sd.problems import Problem
 from sd.prompts import teacher_prompt
 from sd.rollouts import Rollout
-from sd.run.server import ChatServer
+from sd.run.client import ChatClient
 from sd.scribe import LocalCritic, ServerCritic
 from sd.task.symbolic import SymbolicCritic
 
-CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32, and a divergence holds some six such
+CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32; a KL holds some seven such tensors
 SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 
@@ -50,15 +50,16 @@ def feedback(cond: str, rollouts: list[Rollout], group: int, critic: Critic | No
             rollout.advantage = advantage
     elif cond == "ref":
         for rollout in rollouts:
-            show(rollout, cond, rollout.problem.solution, tokenizer, limit)
-    else:
+            set_teacher_prompt(rollout, cond, rollout.problem.solution, tokenizer, limit)
+    elif cond == "critique":
         for rollout, critique in zip(rollouts, critic.batch(rollouts)):
             rollout.critique = critique
             if not critique.malformed:          # else it must never become a training signal
-                show(rollout, cond, critique.text, tokenizer, limit)
+                set_teacher_prompt(rollout, cond, critique.text, tokenizer, limit)
 
 
-def show(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer, limit: int) -> None:
+def set_teacher_prompt(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer,
+                       limit: int) -> None:
     """Sets the rollout's teacher prompt; a context that does not fit is shortened at its end.
 
     If nothing is left of the context, the rollout gets no teacher prompt and so is left out.
@@ -79,7 +80,7 @@ def show(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer, limit:
 
 def open_critic(config: Config, student: Transformer, tokenizer: Tokenizer,
                 problems: list[Problem]) -> Critic:
-    """The frozen critic that --critic names; `self` is the student as it is now.
+    """The frozen critic that --critic names; `self` is the policy `student` as it is now.
 
     Raises UserError if it cannot be opened, or cannot read the problems.
     """
@@ -88,7 +89,7 @@ def open_critic(config: Config, student: Transformer, tokenizer: Tokenizer,
         critic.check(problems)
         return critic
     if "://" in config.critic:
-        return ServerCritic(ChatServer(config.critic, config.critic_tokens))
+        return ServerCritic(ChatClient(config.critic, config.critic_tokens))
     if config.critic != "self":
         weight = student.lm_head.weight
         model, tokenizer = load(config.critic, weight.dtype, weight.device)
@@ -138,8 +139,10 @@ def initial_policy(student: Transformer) -> Transformer:
     adapted = any(isinstance(module, LoRALinear) for module in student.modules())
     shared = [p for p in student.parameters() if adapted or not p.requires_grad]
     policy = deepcopy(student, {id(p): p for p in shared})
-    switch_off(policy)
-    return policy
+    if adapted:
+        switch_off(policy)
+        return policy
+    return policy.requires_grad_(False)
 
 
 def completion_hidden(model: Transformer, prompts: list[list[int]],
@@ -172,12 +175,13 @@ def accumulate(student: Transformer, teacher: Teacher | None, rollouts: list[Rol
     scored.sort(key=lambda r: len(r.prompt) + len(r.completion))
     total = 0.0
     for start in range(0, len(scored), config.micro_batch):
-        total += score(student, teacher, scored[start:start + config.micro_batch], config, tokens)
+        part = scored[start:start + config.micro_batch]
+        total += accumulate_part(student, teacher, part, config, tokens)
     return total
 
 
-def score(student: Transformer, teacher: Teacher | None, rollouts: list[Rollout], config: Config,
-          tokens: int) -> float:
+def accumulate_part(student: Transformer, teacher: Teacher | None, rollouts: list[Rollout],
+                    config: Config, tokens: int) -> float:
     """`accumulate` of a micro-batch: both models read the same completions after their own prompts.
 
     (M, V) logits would be the largest tensor by far. Each chunk of tokens goes forward and at once

@@ -16,7 +16,7 @@ from sd.llm.tokenizer import Tokenizer
 
 # These change no result but by rounding, so a resumed run may be given others.
 MACHINE = {"device", "micro_batch", "sample_batch", "recompute", "compile"}
-# What eval.py, sd.advantage and sd.filter share with train.py, and what they take for a chat model.
+# What eval.py, sd.advantage and sd.filter share with train.py, and their defaults for a chat model.
 SAMPLING = ("temperature", "seed", "max_new_tokens", "sample_batch", "device", "dtype", "compile")
 CHAT = {"max_new_tokens": 2048, "sample_batch": 16}
 ADDRESS = re.compile(r"https?://([\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[\w./~%-]*)?",
@@ -24,7 +24,7 @@ ADDRESS = re.compile(r"https?://([\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[\w.
 
 
 def option(default, help: str, choices=None, group="", zero=False, most=1e15):
-    """A field that is also an option; `group` begins a new one in --help.
+    """A field that is also an option; `group` begins a new section of --help.
 
     A number must be above 0, or may be 0 with `zero`, and at most `most`.
     """
@@ -38,7 +38,7 @@ class Config:
         "", "what the self-teacher sees: nothing (grpo, a binary reward instead), a reference "
         "solution (ref), or a critique of this rollout (critique)", ("grpo", "ref", "critique"),
         group="run")
-    seed: int = option(0, "seed of the data order, the adapter and all sampling", zero=True)
+    seed: int = option(0, "seed of everything that is random", zero=True)
     out: str = option(
         "", "run folder; must not exist yet (default: runs/COND-seedSEED, numbered if taken)")
     model: str = option(
@@ -62,9 +62,9 @@ class Config:
     quoting: str = option(
         "partial", "how a symbolic critique quotes the rollout", ("partial", "full", "omit"))
     critic_noise: float = option(
-        0.0, "share of the symbolic critic's corrections that are wrong", zero=True, most=1)
+        0.0, "share of the symbolic critic's corrected products that are wrong", zero=True, most=1)
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
-    temperature: float = option(1.1, "of all rollouts and of the loss's distributions", zero=True)
+    temperature: float = option(1.1, "of all rollouts, and in the loss", zero=True)
     max_new_tokens: int = option(80, "most tokens of a rollout")
     lr: float = option(4e-4, "AdamW's learning rate, constant", group="optimisation")
     batch: int = option(32, "problems per step")
@@ -87,7 +87,6 @@ class Config:
         10, "steps between evaluations",
         group="evaluation on validation problems, which chooses best/")
     eval_samples: int = option(4, "rollouts per validation problem")
-    keep: bool = option(False, "keep the checkpoint of every evaluation, as step-N/")
 
     @property
     def rollouts_per_problem(self) -> int:
@@ -172,7 +171,7 @@ def add_option(parser, f, note: str = "") -> None:
 
 def sampling_options(parser: argparse.ArgumentParser, samples: int) -> None:
     """The options of the commands that sample but do not train; `open_solver` reads them."""
-    parser.add_argument("--samples", type=int, default=samples, metavar="N",
+    parser.add_argument("--samples", type=int, default=samples,
                         help=f"rollouts per problem (default: {samples})")
     for f in fields(Config):
         if f.name in SAMPLING:
@@ -214,7 +213,7 @@ def parse_config(parser: argparse.ArgumentParser,
         if args.preset or not given.keys() <= MACHINE:
             parser.error("--resume keeps the run's options; only these may be given anew: "
                          + ", ".join(map(flag_of, sorted(MACHINE))))
-        config = replace(read_config(args.resume / "config.json"), **given)
+        config = replace(read_run_config(args.resume / "config.json"), **given)
     elif "cond" not in given:
         parser.error("the following arguments are required: --cond")
     else:
@@ -230,7 +229,7 @@ def parse_config(parser: argparse.ArgumentParser,
     return config, args
 
 
-def read_config(path: Path) -> Config:
+def read_run_config(path: Path) -> Config:
     """The options of an earlier run. Raises UserError if there is none, or of another version."""
     with reading(path):
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -246,7 +246,7 @@ def distance(config: Config) -> float:
     feedback(config.cond, rollouts, 1, critic, tokenizer, limit)
     total = tokens = 0
     for rollout in rollouts:
-        correct = rollout.trace.steps[:critic(rollout).wrong]
+        correct = rollout.trace.steps[:critic(rollout).wrong]       # all of them if it is None
         if correct:
             _, end = token_span(tokenizer.pieces(rollout.completion), 0, correct[-1].end)
             logprobs = []
@@ -291,7 +291,7 @@ def main(parser: argparse.ArgumentParser) -> None:
                         help="runs at a time, one thread each (default: one per core)")
     args, extra = parser.parse_known_args()     # the rest goes to train.py
     for word in extra:
-        if word.split("=")[0] in OWN:
+        if word.split("=")[0] in {*OWN, *" ".join(ARMS[args.name]).split()}:
             parser.error(f"{word} is the experiment's own; leave it out (--seeds says how many)")
     out = (args.out / args.name).resolve()
     runs = out.parent / "runs"

@@ -57,7 +57,7 @@ def read_counts(path: Path, settings: dict) -> dict[str, int]:
 def count(model, tokenizer, problems: list[Problem], samples: int, config: Config) -> list[int]:
     """How many of `samples` rollouts of each problem are right."""
     prompts = [student_prompt(tokenizer, p.problem) for p in problems]
-    noise = torch.cat([uniforms(samples, config.max_new_tokens, config.seed, "filter", p.id)
+    noise = torch.cat([uniforms(samples, config.max_new_tokens, config.seed, "filter", key(p))
                        for p in problems])                                      # (P * samples, T)
     rollouts = roll(model, tokenizer, problems, prompts, samples, config, noise)
     rewards = torch.tensor([rollout.reward for rollout in rollouts])            # (P * samples)

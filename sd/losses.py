@@ -95,4 +95,6 @@ def token_loss(kind: str, logits: Tensor, target: Tensor, ids: Tensor, temperatu
         return reverse_kl(student, teacher)
     if kind == "jsd":
         return jsd(student, teacher, beta)
-    return sampled_token(student, teacher, ids)
+    if kind == "sampled":
+        return sampled_token(student, teacher, ids)
+    raise ValueError(f"no divergence {kind}")

@@ -25,7 +25,7 @@ from sd.task import times_table as tt
 from sd.task.corpus import build_tokenizer, example, random_pairs
 
 SPLITS = {"train": 282, "val": 100, "test": 200}
-BATCH = [None] * 48, ["ref"] * 24 + ["critique"] * 24       # contexts of a training step's examples
+BATCHES = ([None] * 48, ["ref"] * 24 + ["critique"] * 24)     # contexts of a step's examples
 LR = 2e-3
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6,
@@ -60,7 +60,7 @@ def train_solver(folder: Path, seed: int, steps: int, width: int) -> None:
         scale = min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
         optimizer.param_groups[0]["lr"] = LR * scale
         loss, count = 0, 0
-        for kinds in BATCH:             # apart, since those with a context are longer
+        for kinds in BATCHES:           # apart, since those with a context are longer
             ids, labels = collate([example(kind, rng, tokenizer) for kind in kinds])
             logits = model(ids).flatten(0, 1)                                   # (B * T, V)
             loss += F.cross_entropy(logits, labels.flatten(), reduction="sum")

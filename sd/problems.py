@@ -2,10 +2,9 @@
 
 `solution` is what the `ref` condition shows; other fields are ignored. A missing id is made of the
 file's name and the line (train-17); null counts as missing. An answer or an id may be a whole
-number, but not 2.50, which would come out as 2.5, and not true. No object of a line may hold a
-field twice, and no two lines may share an id, since results are kept by id. A byte order mark,
-Windows line ends and empty lines are skipped. Control characters are kept in texts, refused in ids,
-and never quoted in an error.
+number, but not 2.50, which would become 2.5, and not a boolean. No two lines may share an id, since
+results are kept by id. A byte order mark, Windows line ends and empty lines are skipped. Control
+characters are kept in texts, refused in ids, and never quoted in an error.
 """
 import json
 import re
@@ -58,20 +57,13 @@ def _problem(line: bytes, default_id: str) -> Problem:
     RecursionError if it is nested too deeply.
     """
     try:
-        row = json.loads(line.decode(), object_pairs_hook=_object)
+        row = json.loads(line.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1})") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return Problem(_text(row, "id", default_id), _text(row, "problem"), _text(row, "answer"),
                    _text(row, "solution", ""))
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a field is there twice")
-    return row
 
 
 def _text(row: dict, field: str, default: str | None = None) -> str:

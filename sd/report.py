@@ -20,7 +20,7 @@ from sd.llm.checkpoint import write_atomic
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
 SAMPLE = ("problem", "trace", "reward", "truncated", "critique", "case", "malformed")
 SCORE = "val_avg@"
-NO_CONDITION = {"cond", "seed", "out", "keep"} | MACHINE        # shown apart, or changes no result
+NOT_COMPARED = {"cond", "seed", "out"} | MACHINE     # shown apart, or changes no result
 TEMPLATE = Path(__file__).parent / "run/pages/report.html"
 
 
@@ -109,7 +109,7 @@ def page(runs: list[dict]) -> str:
     differ = []
     for name, value in runs[0]["options"].items():
         same = all(run["options"].get(name) == value for run in runs)
-        if not same and name not in NO_CONDITION:
+        if not same and name not in NOT_COMPARED:
             differ.append(name)
     shown = []
     for run in runs:

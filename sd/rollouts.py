@@ -45,14 +45,14 @@ class Rollout:
     shortened: bool = False     # the context did not fit whole
 
     @property
-    def counts(self) -> bool:
+    def in_normaliser(self) -> bool:
         """Whether its tokens are in the normaliser: not if it got no usable feedback."""
         return self.advantage is not None or self.teacher_prompt is not None
 
     @property
     def has_gradient(self) -> bool:
         """Whether it is scored. In a group with equal rewards it counts but teaches nothing."""
-        return self.counts and self.advantage != 0.0
+        return self.in_normaliser and self.advantage != 0.0
 
     def row(self) -> dict:
         """What rollouts.jsonl keeps."""
@@ -92,6 +92,6 @@ def roll(model: Transformer, tokenizer: Tokenizer, problems: list[Problem],
             rollouts.append(Rollout(problems[owner], prompts[owner], completion,
                                     logprobs[:len(completion)], truncated, trace, answer, reward))
     if not all(rollout.logprobs.isfinite().all() for rollout in rollouts):
-        raise FloatingPointError("the solver's probabilities are not finite; lower --lr, "
-                                 "or look at the weights of the checkpoint")
+        raise FloatingPointError("the solver's probabilities are not finite; begin again with "
+                                 "a lower --lr, or look at the weights of the checkpoint")
     return rollouts

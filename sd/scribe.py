@@ -17,7 +17,7 @@ from sd.llm.model import Transformer
 from sd.llm.sampling import sample
 from sd.llm.tokenizer import Tokenizer
 from sd.rollouts import Critique, Rollout
-from sd.run.server import ChatServer
+from sd.run.client import ChatClient
 
 RULES = """\
 You are a faithful scribe: you write a solver's step-tagged trace as it should have been, \
@@ -132,21 +132,21 @@ class LocalCritic:
 @dataclass
 class ServerCritic:
     """A model behind a chat server, which answers many questions at a time."""
-    server: ChatServer
+    client: ChatClient
     concurrent: int = 16            # requests at a time
 
     def batch(self, rollouts: list[Rollout]) -> list[Critique]:
         """One critique per rollout, in order. Raises UserError at the first that fails for good."""
-        self.server.stop.clear()
+        self.client.stop.clear()
         with ThreadPool(self.concurrent) as pool:   # daemons: Ctrl-C does not wait for the slowest
             try:
                 critiques = dict(pool.imap_unordered(self._critique, enumerate(rollouts)))
             finally:
-                self.server.stop.set()
+                self.client.stop.set()
         return [critiques[i] for i in range(len(rollouts))]
 
     def _critique(self, item: tuple[int, Rollout]) -> tuple[int, Critique]:
         i, rollout = item
-        content, truncated = self.server.ask(prompt(rollout))
+        content, truncated = self.client.ask(prompt(rollout))
         output = content.rpartition("</think>")[2]
         return i, read_critique(rollout, output, truncated or output.startswith("<think>"))

@@ -1,5 +1,6 @@
 """Folders that transformers wrote, and what a config may ask for that is refused by name."""
 import json
+import threading
 import resource
 import struct
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd import UserError
-from sd.llm.checkpoint import LARGEST, load, read_config, save_model
+from sd.llm.checkpoint import LARGEST, load, read_config, save_model, write_atomic
 from sd.llm.model import RopeScaling
 from sd.llm.sampling import sample
 from sd.problems import EMBEDDED
@@ -294,3 +295,17 @@ def test_a_tokenizer_that_is_none_is_refused(written, text):
     (written / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer.json"):
         load(written)
+
+
+def test_a_file_is_never_seen_half_written(tmp_path):
+    """Whoever reads while it is written again and again sees the old text or the new one, whole."""
+    path, size, seen = tmp_path / "file", 2 ** 21, set()
+    write_atomic(path, "a" * size)
+    writer = threading.Thread(target=lambda: [write_atomic(path, letter * size) for letter in "bcd" * 8])
+    writer.start()
+    while writer.is_alive():
+        text = path.read_text()
+        assert text == text[:1] * size
+        seen.add(text[0])
+    writer.join()
+    assert path.read_text() == "d" * size and [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -278,7 +278,7 @@ def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
     """Under grpo all rewards are 0, so the loss is 0 and finite: the run ended as if nothing was wrong."""
     folder = broken(tmp_path, "nan")
     result = here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     resume, told = result.stderr.splitlines()
     assert resume.startswith("after step 0; go on with: ") and told.startswith("train.py: the solver's prob")
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, 
 def test_a_diverging_run_ends_and_names_the_step(tmp_path, here):
     result = here("train.py", "--cond", "ref", "--steps", 5, "--eval-samples", 1, "--batch", 4,
                   "--lr", "1e15", "--out", tmp_path / "out")
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     step = int(re.match(r"after step (\d); go on with: .*\ntrain\.py: .*not finite", result.stderr)[1])
     assert 1 <= step <= 4
     assert [row["step"] for row in rows(tmp_path / "out") if "loss" in row] == list(range(1, step + 1))

@@ -57,7 +57,7 @@ def run(name, student, teacher, rollouts=None, **options):
     student.zero_grad()
     rollouts = rollouts or told(name)
     config = Config(divergence=name.replace("grpo", "forward"), beta=BETA, temperature=TEMPERATURE, **options)
-    tokens = sum(len(r.completion) for r in rollouts if r.counts)
+    tokens = sum(len(r.completion) for r in rollouts if r.in_normaliser)
     value = accumulate(student, None if name == "grpo" else teacher, rollouts, config, tokens)
     return value, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()]
 
@@ -114,13 +114,13 @@ def test_a_long_context_is_cut_at_its_end_and_a_rollout_without_any_is_left_out(
         return rollout
 
     rollout = tell(len(whole))
-    assert rollout.teacher_prompt == whole and not rollout.shortened and rollout.counts
+    assert rollout.teacher_prompt == whole and not rollout.shortened and rollout.in_normaliser
     rollout = tell(len(whole) - 1)
     prompt = rollout.teacher_prompt
-    assert len(bare) < len(prompt) < len(whole) and rollout.shortened and rollout.counts
+    assert len(bare) < len(prompt) < len(whole) and rollout.shortened and rollout.in_normaliser
     assert prompt == whole[:len(prompt) - 1] + whole[-1:]
     rollout = tell(len(bare))
-    assert rollout.teacher_prompt is None and rollout.shortened and not rollout.counts
+    assert rollout.teacher_prompt is None and rollout.shortened and not rollout.in_normaliser
     with pytest.raises(UserError, match=problem.id):
         tell(len(bare) - 1)
 
@@ -141,12 +141,12 @@ def test_each_condition_tells_what_it_should_and_nothing_else():
 
     grpo, ref, critique = tell("grpo", 2), tell("ref", 1), tell("critique", 1)
     assert [r.advantage for r in grpo] == [1, -1, 0, 0] and not any(r.teacher_prompt for r in grpo)
-    assert [(r.counts, r.has_gradient) for r in grpo] == [(True, True)] * 2 + [(True, False)] * 2
+    assert [(r.in_normaliser, r.has_gradient) for r in grpo] == [(True, True)] * 2 + [(True, False)] * 2
     shown = teacher_prompt(tokenizer, problem.problem, "ref", problem.solution)
     assert all(r.teacher_prompt == shown and r.advantage is None and r.critique is None for r in ref)
     shown = teacher_prompt(tokenizer, problem.problem, "critique", right)
     assert [r.teacher_prompt for r in critique] == [shown, None, None, None]
-    assert [(r.counts, r.has_gradient) for r in critique] == [(True, True)] + [(False, False)] * 3
+    assert [(r.in_normaliser, r.has_gradient) for r in critique] == [(True, True)] + [(False, False)] * 3
 
 
 def test_prompts_are_checked_for_the_condition_that_reads_them():

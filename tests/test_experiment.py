@@ -189,7 +189,7 @@ def test_experiments_share_the_runs_whose_options_are_the_same_and_no_others(tmp
     short = ["--cond", "ref", "--seed", "0", "--steps", "2"]
     for options in (short, [*short, "--teacher", "base"]):                          # base is the default
         assert run(tmp_path, options) == made
-    for options in (short[:-2], [*short, "--seed", "1"], [*short, "--divergence", "jsd"], [*short, "--keep"],
+    for options in (short[:-2], [*short, "--seed", "1"], [*short, "--divergence", "jsd"],
                     [*short, "--cond", "critique"], [*short, "--data", "a/x", "--val", "v"]):
         with pytest.raises(pytest.fail.Exception):
             run(tmp_path, options)

@@ -17,7 +17,7 @@ from sd import conditions
 from sd.answers import equal, final_answer
 from sd.problems import Problem
 from sd.rollouts import Critique, Rollout
-from sd.run.server import ChatServer
+from sd.run.client import ChatClient
 from sd.steps import parse
 from sd.task.symbolic import SymbolicCritic
 from tests.conftest import ROOT
@@ -90,7 +90,7 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
         tmp_path, here, monkeypatch, trainer):
     """Nothing is trained on half of a batch: resumed, the run is the one that the exact critic gives."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    monkeypatch.setattr(conditions, "ChatServer", partial(ChatServer, retries=1, backoff=0.01))
+    monkeypatch.setattr(conditions, "ChatClient", partial(ChatClient, retries=1, backoff=0.01))
     assert here(*SHORT, *trainer.data, "--out", tmp_path / "exact")[0] == 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Scribe) as server:
         server.daemon_threads, server.left, server.keys = True, 6, set()        # a step and a half

@@ -9,14 +9,14 @@ import pytest
 
 from sd import UserError
 from sd.llm.checkpoint import read_config
-from sd.config import read_config as read_run
+from sd.config import read_run_config as read_run
 from sd.problems import EMBEDDED, embedded
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("sd/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "runpy", "code", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module", "import_module"}
-NETWORK, PROCESSES = {"server.py"}, {"experiment.py"}
+NETWORK, PROCESSES = {"client.py"}, {"experiment.py"}
 
 
 def imported(tree):

@@ -60,8 +60,6 @@ def test_a_line_of_ten_megabytes_is_read(read):
     (line().encode("utf-16"), ":1: 'utf-8' codec can't decode byte 0xff in position 0"),
     ("[" * 100_000, ":1: maximum recursion depth"), ('{"a":' * 100_000, ":1: maximum recursion depth"),
     ('{"problem": "p", "answer": 1' + "0" * 5000 + "}", ":1: "),
-    ('{"problem": "p", "answer": "1", "answer": "2"}', ":1: a field is there twice"),
-    ('{"problem": "p", "answer": "1", "meta": {"a": 1, "a": 2}}', ":1: a field is there twice"),
     ('{"problem": "p"}', "'answer' is missing"), ('{"answer": "1"}', "'problem' is missing"),
     (line(answer=None), "'answer' is missing"),
     (line(answer=1.0), "'answer'"), (line(answer=True), "'answer'"), (line(answer=["1"]), "'answer'"),

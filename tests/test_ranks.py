@@ -113,7 +113,7 @@ def test_only_rank_0_prints(base, two):
     lines = two.stdout.splitlines()
     for cond in CONDITIONS:
         assert len([line for line in lines if line.startswith(f"{cond}: 3 steps of 8")]) == 1
-        assert len([line for line in lines if f"python eval.py {base / cond}-two/best --test" in line]) == 1
+        assert len([line for line in lines if f"python eval.py {base / cond}-two/best --temperature" in line]) == 1
     assert len([line for line in lines if line.startswith("step    2/3  loss")]) == 3
 
 

@@ -19,7 +19,7 @@ import train
 from sd import Stopped, UserError
 from sd.llm.checkpoint import load
 from sd.conditions import Teacher
-from sd.config import read_config
+from sd.config import read_run_config
 from sd.llm.lora import add_lora
 from sd.problems import EMBEDDED, read_problems
 from sd.run.ranks import Ranks
@@ -163,7 +163,7 @@ def open_run():
     add_lora(student, 4, 8, 1)                          # other numbers than the run's
 
     def begin(folder):
-        config = read_config(folder / "config.json")
+        config = read_run_config(folder / "config.json")
         run, problems = (RunFolder(config, Ranks(torch.device("cpu")), folder),
                          map(read_problems, map(Path, (config.data, config.val))))
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
@@ -246,8 +246,8 @@ def test_a_run_goes_on_with_other_options_of_memory_to_the_same_numbers(trainer,
     assert trainer([*PLAIN, "--out", out], lambda text: "step    2/" in text, signal.SIGTERM)[0] == 143
     code, text = trainer(["--resume", out, "--micro-batch", 1, "--sample-batch", 3, "--recompute"])
     assert code == 0, text
-    assert (read_config(out / "config.json").micro_batch,
-            read_config(out / "config.json").recompute) == (1, True)
+    assert (read_run_config(out / "config.json").micro_batch,
+            read_run_config(out / "config.json").recompute) == (1, True)
     assert sampled(out) == sampled(whole[0] / "plain")
     torch.testing.assert_close(load_file(out / "last/model.safetensors"),
                                load_file(whole[0] / "plain/last/model.safetensors"), atol=1e-5, rtol=0)
@@ -267,7 +267,7 @@ def test_a_run_of_another_version_is_refused(whole, tmp_path, here, change):
     told = "--divergence must be one of" if "divergence" in change else f"{out}/config.json: "
     assert code == 2 and told in text and text.count("\n") == 1
     with pytest.raises(UserError):
-        read_config(tmp_path / "none")
+        read_run_config(tmp_path / "none")
 
 
 def test_a_log_shorter_than_the_state_says_is_not_filled_up(whole, tmp_path, open_run):

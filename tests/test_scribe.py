@@ -15,7 +15,7 @@ from sd.llm.checkpoint import load
 from sd.llm.sampling import Sampled
 from sd.problems import EMBEDDED, Problem
 from sd.rollouts import Critique
-from sd.run.server import AnyReply, ChatServer
+from sd.run.client import AnyReply, ChatClient
 from sd.scribe import EXAMPLE, HERO, RULES, LocalCritic, ServerCritic, prompt, read_critique
 from sd.steps import parse, render
 from tests.test_critic import critique_of, rollout
@@ -308,7 +308,7 @@ def chat(content=RIGHT, finish="stop", **message):
 
 def critic(server, concurrent=16, **options):
     options = {"timeout": 5.0, "retries": 2, "backoff": 0.001, **options}
-    return ServerCritic(ChatServer(server.url, 100, **options), concurrent)
+    return ServerCritic(ChatClient(server.url, 100, **options), concurrent)
 
 
 def ask(server, names=("p",), **options):
@@ -337,7 +337,7 @@ def test_the_request_is_greedy_and_goes_to_the_servers_own_model(server):
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/", "#my/model@2"])
 def test_urls_with_and_without_their_end_and_a_models_name(server, end):
     server.answer = lambda name, n: chat()
-    ServerCritic(ChatServer(server.url + end, 100)).batch([rollout(WRONG)])
+    ServerCritic(ChatClient(server.url + end, 100)).batch([rollout(WRONG)])
     paths = [path for path, _, _ in server.seen]
     assert paths == ["/v1/models"] * ("#" not in end) + ["/v1/chat/completions"]
     assert server.seen[-1][2]["model"] == ("my/model@2" if "#" in end else "a-model")
@@ -350,7 +350,7 @@ def test_urls_with_and_without_their_end_and_a_models_name(server, end):
     "http://a..b/v1", "", "#x"])
 def test_urls_that_are_refused_without_being_shown(url):
     with pytest.raises(UserError) as caught:
-        ChatServer(url, 100)
+        ChatClient(url, 100)
     assert "hush" not in str(caught.value).lower() and "OPENAI_API_KEY" in str(caught.value)
 
 
@@ -433,13 +433,13 @@ class Pauses(threading.Event):
 def pauses(server, **options):
     """The pauses before each attempt at one critique."""
     asked = critic(server, **options)
-    asked.server.stop = Pauses()
+    asked.client.stop = Pauses()
     try:
         asked.batch(rollouts("p"))
     except UserError:
         pass
     server.asked.clear()
-    return asked.server.stop.noted
+    return asked.client.stop.noted
 
 
 def test_retry_after_is_waited_for_up_to_a_cap(server):
@@ -478,7 +478,7 @@ def test_a_refusal_is_told_at_once_and_never_shows_the_key(server, status):
 
 
 def test_the_key_is_kept_nowhere_and_a_broken_one_is_refused_without_being_shown(server, monkeypatch):
-    assert KEY not in repr(critic(server)) + repr(vars(critic(server).server))
+    assert KEY not in repr(critic(server)) + repr(vars(critic(server).client))
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-Other: 1")
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
         critic(server)
@@ -545,7 +545,7 @@ def test_an_answer_that_drips_or_never_ends_is_given_up(server, monkeypatch):
             asked.batch([rollout(WRONG)])
         assert not ended
         over.set()
-    monkeypatch.setattr("sd.run.server.LARGEST", 1000)
+    monkeypatch.setattr("sd.run.client.LARGEST", 1000)
     server.answer = lambda name, n: chat(" " * 200_000 + RIGHT)
     assert "not JSON" in failure(server, retries=0)
 

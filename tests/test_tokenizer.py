@@ -5,7 +5,8 @@ import pytest
 
 from sd import UserError
 from sd.problems import EMBEDDED, embedded
-from sd.llm.tokenizer import CONTROL, Tokenizer
+from sd.llm.tokenizer import Tokenizer
+from sd.task.corpus import CONTROL
 from sd.prompts import student_prompt, teacher_prompt
 
 TOKENIZER = Tokenizer(EMBEDDED / "tokenizer.json")

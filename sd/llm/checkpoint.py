@@ -160,7 +160,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)       # streams and graphs are made on the current one
-        # on Hopper PyTorch prefers cuDNN's attention, which prepares anew for each length
+        # reported of Hopper: PyTorch prefers cuDNN's attention, which prepares for each length
         torch.backends.cuda.enable_cudnn_sdp(False)
     config = read_config(folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")

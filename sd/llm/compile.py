@@ -1,8 +1,8 @@
-"""The one place that speeds things up without changing them: packing, CUDA graphs, a fused loss.
+"""Where things are sped up without changing them: packed weights, CUDA graphs, a fused loss.
 
-    device  always                                         with --compile, in addition
-    cpu     sampling: a large model is packed for oneDNN   nothing, so it is refused
-    cuda    nothing                                        decode: CUDA graphs; loss: torch.compile
+    device  sampling, always                           with --compile, in addition
+    cpu     adapters cast once, a large model packed   nothing, so it is refused
+    cuda    adapters cast once                         decode: CUDA graphs; loss: torch.compile
 
 Every number stays the same to rounding. The loss goes through torch.compile's "cudagraphs" backend,
 so nothing is compiled with Triton.
@@ -97,7 +97,7 @@ def next_logits(model: Transformer, cache: Cache, ids: Tensor, positions: Tensor
     return model.lm_head(hidden[:, -1])
 
 
-def decoder(model: Transformer, cache: Cache, compile: bool) -> Callable[..., Tensor]:
+def decode_step(model: Transformer, cache: Cache, compile: bool) -> Callable[..., Tensor]:
     """`next_logits` as a function of (ids, positions, slots), while the cache keeps its rows."""
     if compile:
         return Captured(model, cache)

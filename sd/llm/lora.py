@@ -2,7 +2,7 @@
 
 W is frozen. A and B are float32 over a base of any type: updates of 5e-6 vanish in bfloat16, whose
 spacing near 0.02 is 1.2e-4. B starts as 0, so an adapter that is new, or switched off, leaves the
-initial policy as it is, bit for bit: the paper's self-teacher.
+initial model as it is, bit for bit.
 """
 import math
 from pathlib import Path

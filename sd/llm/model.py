@@ -10,7 +10,8 @@ there (activation checkpointing). That is a third more work, for the memory of o
 all.
 
 Padding is on the right everywhere. A token then never sees a pad (causal mask), positions count
-from 0 in every row, and no mask has to be built for scoring. A pad can never be mistaken for EOS.
+from 0 in every row, and no mask has to be built for scoring. Lengths say what is real and pad ids
+never do, so pad and EOS may be the same token.
 
 Letters: B rows, T tokens, S slots of the cache, H query heads, K key/value heads, D head size, C
 hidden size, V vocabulary.

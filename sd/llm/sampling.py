@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.llm.compile import decoder, prepared
+from sd.llm.compile import decode_step, prepared
 from sd.llm.model import Cache, Transformer
 
 CHECK_EVERY = 8     # tokens until finished rows are looked for again, which waits for the device
@@ -67,7 +67,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         cumulative = probs.cumsum(-1, dtype=torch.float64)                  # (R, V)
         target = uniform.unsqueeze(-1) * cumulative[:, -1:]                 # (R, 1)
         ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        ids = ids.clamp(max=logits.size(-1) - 1)    # only NaN gets there; logprobs will show it
+        ids = ids.clamp(max=logits.size(-1) - 1)    # NaN gets there; logprobs will show it
     return ids, probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
 
 
@@ -94,7 +94,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: tuple[int, ...],
         )
         rows = torch.arange(N)              # (R) which rollout each row of the batch is
         ends = torch.tensor(eos)
-    step = decoder(model, cache, compile)
+    step = decode_step(model, cache, compile)
     slots = max(map(len, prompts))
     for t in range(max_new_tokens):
         ids, logprobs = draw(logits, temperature, noise[rows, t])
@@ -113,7 +113,7 @@ def sample(model: Transformer, prompts: list[list[int]], eos: tuple[int, ...],
             if len(keep) <= 0.75 * len(rows):   # copying the cache must save more than it costs
                 cache.select(keep)
                 rows, ids, positions = rows[keep], ids[keep], positions[keep]
-                step = decoder(model, cache, compile)
+                step = decode_step(model, cache, compile)
         slots += 1
         logits = step(ids, positions, slots)        # (R, V)
         positions += 1

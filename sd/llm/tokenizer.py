@@ -10,7 +10,6 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from sd import UserError
 
-CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 ENDS = ("<eos>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 
 
@@ -24,7 +23,7 @@ class Tokenizer:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             for token in raw.get("added_tokens") or []:
-                token["special"] = True         # Qwen3's `<think>` is not: a text could hold it
+                token["special"] = True         # Qwen3 does not mark <think> so
             self.fast = FastTokenizer.from_str(json.dumps(raw))
         except Exception as error:              # the library raises bare Exception
             raise UserError(f"{path}: not a readable tokenizer.json ({str(error)[:200]})") from None

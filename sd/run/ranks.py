@@ -26,7 +26,6 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = device
         if self.world > 1:
             # small tensors stay on the CPU for gloo, which notices at once when a rank ends
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -47,7 +47,7 @@ class StopRequest:
         self.number = 0
         self.before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:      # as in a script's background job
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored: in a script's background job
                 self.before[number] = signal.signal(number, self._caught)
         return self
 
@@ -133,11 +133,14 @@ class RunFolder:
             if "locked" in str(error):          # else it is a file system without locks
                 raise UserError(f"{self.path}: another process is writing this run") from None
 
-    def stepped(self, step: int, numbers: dict, rows: list[dict]) -> None:
-        """Logs an optimiser step and samples of its rollouts; saves the state now and then."""
+    def log_rollouts(self, step: int, rows: list[dict]) -> None:
+        """Logs samples of a step's rollouts, which may be what tells why the step is refused."""
+        self._append("rollouts.jsonl", [{"step": step, **row} for row in rows])
+
+    def stepped(self, step: int, numbers: dict) -> None:
+        """Logs an optimiser step; saves the state now and then."""
         self.done = step
         self._log(step, numbers)
-        self._append("rollouts.jsonl", [{"step": step, **row} for row in rows])
         left = self.seconds / step * (self.steps - step)
         self.say(f"step {step:4d}/{self.steps}  loss {numbers['loss']:8.4f}  "
                  f"reward {numbers['reward']:.3f}  entropy {numbers['entropy']:.3f}  "
@@ -159,8 +162,6 @@ class RunFolder:
             note = "  best so far"
         self.say(f"step {step:4d}/{self.steps}  validation {name.capitalize()} "
                  f"{100 * mean:5.2f}{note}")
-        if self.config.keep:
-            self._checkpoint(f"step-{step}", step)
         self.evaluated_at = step
         self._save_state()
 

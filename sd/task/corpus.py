@@ -23,16 +23,17 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from sd.llm.checkpoint import write_atomic
-from sd.llm.tokenizer import CONTROL, Tokenizer
+from sd.llm.tokenizer import Tokenizer
 from sd.prompts import student_prompt, teacher_prompt
 from sd.steps import render
 from sd.task import times_table as tt
 
 WORDS = 0.2         # share of the solver's traces that are in words and interleaved
 SLIP = 0.4          # share of context examples with wrong products in the trace
-MISREAD = 0.3       # share of these with a misread factor, not a wrong value
+MISREAD = 0.3       # share of these products that misread a factor, so that the value is true of it
 FOLLOW = 1 / 3      # share of traces under a reference that follow its order, in words
 STEPS = 12          # step numbers with a tag
+CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 
 
 def build_tokenizer(path: Path) -> Tokenizer:

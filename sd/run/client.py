@@ -33,7 +33,7 @@ class AnyReply(HTTPErrorProcessor):
 
 
 @dataclass
-class ChatServer:
+class ChatClient:
     """A model behind an OpenAI-compatible chat server: http://localhost:8000/v1[#NAME].
 
     Without NAME, the server is asked for its model. OPENAI_API_KEY is read at each request and
