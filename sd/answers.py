@@ -14,9 +14,9 @@ product of plain numbers is unfinished and equals no number: otherwise the probl
 be its own answer.
 
 Simplified: letters under a root count as positive, and sqrt(-1) is the letter i, whose square is
-not -1. Whether a formula, or a multiple of a prime > 170, is a square modulo PRIME is left to chance: a
-product of two roots of such values may fail to equal the root of their product. sin and log are not
-evaluated, equations are not rearranged.
+not -1. Whether a formula, or a multiple of a prime > 170, is a square modulo PRIME is left to
+chance: a product of two roots of such values may fail to equal the root of their product. sin and
+log are not evaluated, equations are not rearranged.
 """
 import re
 from dataclasses import dataclass
