@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # for this process, too: the runs beside it have the other cores
+
 import train
 from sd.problems import EMBEDDED
 
