@@ -58,7 +58,6 @@ def idle(trainer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, more", [("full", {"steps": 2}),  # two: from the second on there are moments
-                                        ("lora", {"steps": 1, "lora_rank": 8}),
                                         ("recomputed", {"steps": 1, "lora_rank": 8, "recompute": True})])
 def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
     config = Config(cond="ref", model=str(base / "model"), data=str(base / "train.jsonl"),

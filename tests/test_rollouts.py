@@ -43,9 +43,9 @@ def test_groups_stand_side_by_side_and_each_rollout_is_what_its_ids_say(solver):
 
 
 def test_a_smaller_sample_batch_changes_no_rollout(solver):
-    whole = [r.completion for r in draw(solver)[1]]
-    for sample_batch in (1, 4, 2 * GROUP, 100):
-        assert [r.completion for r in draw(solver, sample_batch)[1]] == whole
+    whole = [r.completion for r in draw(solver, count=5)[1]]
+    for sample_batch in (1, 2 * GROUP, 100):
+        assert [r.completion for r in draw(solver, sample_batch, count=5)[1]] == whole
 
 
 def test_a_truncated_rollout_has_no_answer_and_no_reward(solver):
