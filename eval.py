@@ -38,8 +38,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     print(f"{folder} ({who}): {len(problems)} {args.test.stem} problems, {args.samples} samples "
           f"each, {result['seconds']} s")
     for name in METRICS:
-        m = result[f"{name}@{args.samples}"]
-        print(f"  {name.capitalize()}@{args.samples} {m['mean']:8.2f}   "
+        key = f"{name}@{args.samples}"
+        m = result[key]
+        print(f"  {key.capitalize():8s} {m['mean']:6.2f}   "
               f"95 % interval {m['low']:6.2f} to {m['high']:6.2f}")
     print(f"  mean length {result['mean_length']:.1f} tokens, "
           f"truncated {result['truncated']:.1f} %", flush=True)
@@ -63,9 +64,10 @@ def main(parser: argparse.ArgumentParser) -> None:
     if len(results) > 1:
         print(f"mean ± standard deviation over {len(results)} checkpoints")
         for name in METRICS:
-            means = [r[f"{name}@{args.samples}"]["mean"] for r in results]
+            key = f"{name}@{args.samples}"
+            means = [r[key]["mean"] for r in results]
             mean, spread = statistics.mean(means), statistics.stdev(means)
-            print(f"  {name.capitalize()}@{args.samples} {mean:8.2f} ± {spread:.2f}")
+            print(f"  {key.capitalize():8s} {mean:6.2f} ± {spread:.2f}")
     if args.json:
         write_json(args.json, results if len(results) > 1 else results[0])
         print(f"written: {args.json}")

@@ -169,20 +169,7 @@ def accumulate(student: Transformer, teacher: Teacher | None, rollouts: list[Rol
     """Adds the batch's gradient to the student's parameters; returns its loss, in nats per token.
 
     `teacher` is None for grpo. `tokens` is the normaliser N: the completion tokens of all rollouts
-    that count, over all ranks.
-    """
-    scored = [r for r in rollouts if r.has_gradient]
-    scored.sort(key=lambda r: len(r.prompt) + len(r.completion))
-    total = 0.0
-    for start in range(0, len(scored), config.micro_batch):
-        part = scored[start:start + config.micro_batch]
-        total += accumulate_part(student, teacher, part, config, tokens)
-    return total
-
-
-def accumulate_part(student: Transformer, teacher: Teacher | None, rollouts: list[Rollout],
-                    config: Config, tokens: int) -> float:
-    """`accumulate` of a micro-batch: both models read the same completions after their own prompts.
+    in it, over all ranks.
 
     (M, V) logits would be the largest tensor by far. Each chunk of tokens goes forward and at once
     backward to `leaf`, and its logits are gone before the next chunk's are made. Then one backward
@@ -190,31 +177,36 @@ def accumulate_part(student: Transformer, teacher: Teacher | None, rollouts: lis
     """
     device = student.lm_head.weight.device
     token_loss = compiled(losses.token_loss) if config.compile else losses.token_loss
-    completions = [r.completion for r in rollouts]
-    ids = torch.tensor([token for c in completions for token in c], device=device)      # (M)
-    if teacher is None:
-        kind = "grpo"
-        advantages = [r.advantage for r in rollouts for _ in r.completion]
-        target = torch.tensor(advantages, device=device)                                # (M)
-    else:
-        kind = config.divergence
-        prompts = [r.teacher_prompt for r in rollouts]
-        with torch.no_grad():
-            target = completion_hidden(teacher.model, prompts, completions)             # (M, C)
-    hidden = completion_hidden(student, [r.prompt for r in rollouts], completions)      # (M, C)
-
-    leaf = hidden.detach().requires_grad_()
-    total = torch.zeros((), device=device)
+    kind = config.divergence if teacher else "grpo"
     chunk = max(1, CHUNK // student.config.vocab_size)
-    for at in range(0, len(ids), chunk):
-        part = slice(at, at + chunk)
-        logits, wanted = student.lm_head(leaf[part]), target[part]                      # (m, V)
-        if teacher is not None:
-            with torch.no_grad():
-                wanted = teacher.model.lm_head(wanted)                                  # (m, V)
-        loss = token_loss(kind, logits, wanted, ids[part], config.temperature, config.beta)   # (m)
-        loss = loss.sum() / tokens
-        loss.backward()
-        total += loss.detach()
-    hidden.backward(leaf.grad)
+    scored = [r for r in rollouts if r.has_gradient]
+    scored.sort(key=lambda r: len(r.prompt) + len(r.completion))
+    total = torch.zeros((), device=device)
+    for start in range(0, len(scored), config.micro_batch):
+        part = scored[start:start + config.micro_batch]
+        completions = [r.completion for r in part]
+        ids = torch.tensor([token for c in completions for token in c], device=device)  # (M)
+        target = target_of(part, teacher, device)                                       # (M, …)
+        hidden = completion_hidden(student, [r.prompt for r in part], completions)      # (M, C)
+        leaf = hidden.detach().requires_grad_()
+        for at in range(0, len(ids), chunk):
+            now = slice(at, at + chunk)
+            wanted = target[now]                                                        # (m, …)
+            if teacher:
+                with torch.no_grad():
+                    wanted = teacher.model.lm_head(wanted)                              # (m, V)
+            loss = token_loss(kind, student.lm_head(leaf[now]), wanted, ids[now],
+                              config.temperature, config.beta).sum() / tokens           # (m) -> ()
+            loss.backward()
+            total += loss.detach()
+        hidden.backward(leaf.grad)
     return total.item()
+
+
+@torch.no_grad()
+def target_of(rollouts: list[Rollout], teacher: Teacher | None, device: torch.device) -> Tensor:
+    """What M tokens are compared with: advantages (M), or the teacher's hidden states (M, C)."""
+    if teacher is None:
+        return torch.tensor([r.advantage for r in rollouts for _ in r.completion], device=device)
+    prompts = [r.teacher_prompt for r in rollouts]
+    return completion_hidden(teacher.model, prompts, [r.completion for r in rollouts])
