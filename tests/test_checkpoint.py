@@ -1,5 +1,6 @@
 """Folders that transformers wrote, and what a config may ask for that is refused by name."""
 import json
+import shutil
 import threading
 import resource
 import struct
@@ -309,3 +310,14 @@ def test_a_file_is_never_seen_half_written(tmp_path):
         seen.add(text[0])
     writer.join()
     assert path.read_text() == "d" * size and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_companions_are_copied_as_they_are(tmp_path):
+    """merges.txt of some old tokenizers may be no UTF-8: bytes are copied, not text."""
+    source, odd = tmp_path / "source", b"\xff\xfe\r\n\x00"
+    shutil.copytree(EMBEDDED, source)
+    (source / "merges.txt").write_bytes(odd)
+    model, _ = load(source)
+    save_model(tmp_path / "copy", dict(model.named_parameters()), source)
+    assert (tmp_path / "copy/merges.txt").read_bytes() == odd
+    assert (tmp_path / "copy/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from shutil import copyfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,7 +215,8 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor], source: str | Pat
     write_json(folder / "config.json", config)
     for name in COMPANIONS:
         if (source / name).exists():
-            write_atomic(folder / name, (source / name).read_bytes().decode())
+            with atomic(folder / name) as temporary:
+                copyfile(source / name, temporary)      # bytes: not every companion need be UTF-8
     tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
     with atomic(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt", "step": str(step)})
