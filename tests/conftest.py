@@ -1,6 +1,7 @@
 """`trainer`: runs of train.py in their own processes, but one slow import of PyTorch; `here`: in this one."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,9 +14,23 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # for this process, too: the runs beside it have the other cores
 
 import train
-from sd.problems import EMBEDDED
+from sd.problems import EMBEDDED, Problem
+from sd.task import times_table as tt
+from sd.task.corpus import random_pairs
 
 ROOT = Path(__file__).parent.parent
+
+
+def easy_problems(count, seed=0):
+    """Of two products, which the embedded solver gets right now and then: grpo has a signal soon."""
+    rng, problems = random.Random(seed), []
+    for i in range(count):
+        pairs = random_pairs(rng, 2)
+        answer = str(sum(a * b for a, b in pairs))
+        problems.append(Problem(f"easy-{i}", tt.write_problem(pairs), answer, tt.reference_text(pairs)))
+    return problems
+
+
 SERVER = """
 import ctypes, json, os, resource, signal, sys, train, torch._dynamo      # once; each line is a run, forked
 for line in sys.stdin:

@@ -19,7 +19,7 @@ from sd.problems import EMBEDDED
 
 from tests.test_model import QWEN3, tiny
 
-SIZES = dict(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+SIZES = dict(vocab_size=98, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, rms_norm_eps=1e-5)
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
@@ -28,7 +28,7 @@ PEERS = {       # class, entries beside SIZES, tokens of context
     "Qwen2": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 60),
     "Llama": ({"head_dim": 12, "rope_parameters": {**LLAMA3, "rope_theta": 500.0}}, 150),
 }
-PROMPTS = [torch.randint(90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 1, 5)]
+PROMPTS = [torch.randint(98, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 1, 5)]
 LIMIT, SEED = 24, 11
 
 
@@ -67,7 +67,7 @@ def test_a_folder_of_transformers_gives_its_logits_and_its_greedy_tokens(tmp_pat
     folder = save(other, tmp_path / "one")
     model, _ = load(folder)
     config = model.config
-    ids = torch.randint(90, (2, context), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(98, (2, context), generator=torch.Generator().manual_seed(1))
     expected = other(ids).logits
     torch.testing.assert_close(model(ids), expected, atol=2e-4, rtol=0)
     if config.rope_scaling:         # the test's own premise: at this length it matters

@@ -290,7 +290,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):
 def test_what_cannot_be_used_later_is_told_before_anything_is_sampled(tmp_path, here):
     """A prompt with room for the student's tokens alone, a problem the symbolic critic cannot read, …"""
     for cond, problem, other, told in (
-            ("ref", "1" * 430, "2*3", "433 tokens"), ("critique", "7*8*9", "2*3", "critic reads only sums"),
+            ("ref", "1" * 430, "2*3", "432 tokens"), ("critique", "7*8*9", "2*3", "critic reads only sums"),
             ("grpo", "How many are 3 and 4?", "2*3", "does not know all characters"),
             ("grpo", "2*3", "2*3", "in both --data and --val, such as '2*3'")):
         for split, text in (("data", problem), ("val", other)):

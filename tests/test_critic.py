@@ -15,8 +15,8 @@ from sd.task.symbolic import SymbolicCritic
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122")
 FIRST = ["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"]       # products first
 MIXED = ["7*8=56", "6*9=54", "56+54=110", "3*4=12", "110+12=122"]       # interleaved
-WORDS = ["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 gives 110", "3 times 4 is 12",
-         "110 plus 12 gives 122"]
+WORDS = ["7 times 8 is 56", "6 times 9 is 54", "56 plus 54 is 110", "3 times 4 is 12",
+         "110 plus 12 is 122"]
 WORDS_FIRST = [WORDS[i] for i in (0, 1, 3, 2, 4)]
 OTHER = ["3*4=12", "8*7=56", "6*9=54", "12+56=68", "68+54=122"]         # order, factors
 
@@ -61,14 +61,17 @@ CASES = {   # name: steps, answer, case, index of the first wrong step, steps of
     "B answer alone": ([], "122", "B", None, FIRST),
     "C symbols": (FIRST[:2], None, "C", None, FIRST),
     "C interleaved": (MIXED[:3], None, "C", None, MIXED),
-    "C words": (WORDS[:2], None, "C", None, WORDS),
+    "C words": (WORDS[:2], None, "C", None, WORDS_FIRST),
+    "C goes on in the last wording": (["8*7 is 56", "6 times 9 makes 54"], None, "C", None,
+                                      ["8*7 is 56", "6 times 9 makes 54", "3 times 4 makes 12",
+                                       "56 plus 54 makes 110", "110 plus 12 makes 122"]),
     "C own order": (OTHER[:1], None, "C", None, ["3*4=12", "7*8=56", "6*9=54", "12+56=68", "68+54=122"]),
     "C drops what was said twice": ([FIRST[0], *FIRST[:3]], None, "C", None, FIRST),
     "C all but the answer": (FIRST, None, "C", None, FIRST),
     "D product": (["7*8=54", "6*9=54", "3*4=12", "54+54=108", "108+12=120"], "120", "D", 0, FIRST),
     "D second product": (["7*8=56", "6*9=52", "3*4=12", "56+52=108", "108+12=120"], "120", "D", 1, FIRST),
-    "D words": (["7 times 8 is 56", "6 times 9 is 52", "56 plus 52 gives 108", "3 times 4 is 12",
-                 "108 plus 12 gives 120"], "120", "D", 1, WORDS),
+    "D words": (["7 times 8 is 56", "6 times 9 is 52", "56 plus 52 is 108", "3 times 4 is 12",
+                 "108 plus 12 is 120"], "120", "D", 1, WORDS),
     "D interleaved": (["7*8=56", "6*9=54", "56+54=100", "3*4=12", "100+12=112"], "112", "D", 2, MIXED),
     "D own order": (["3*4=14", "8*7=56", "6*9=54", "14+56=70", "70+54=124"], "124", "D", 0, OTHER),
     "D sum": (FIRST[:3] + ["56+54=100", "100+12=112"], "112", "D", 3, FIRST),
@@ -138,8 +141,8 @@ WRONG = ["7*8=56", "6*9=52", "3*4=12", "56+52=108", "108+12=120"]
 QUOTED = {  # quoting, steps, answer: steps and answer of the critique
     ("full", "D"): (WRONG, "120", ["7*8=56", "6*9=52, so 6*9=54 is correct", *FIRST[2:]], "122"),
     ("full", "answer"): (FIRST, "120", FIRST, "120, so 122 is correct"),
-    ("full", "words"): (["7 times 8 is 54", *WORDS[1:]], "122",
-                        ["7 times 8 is 54, so 7 times 8 is 56 is correct", *WORDS[1:]], "122"),
+    ("full", "words"): (["7 times 8 is 54", *WORDS_FIRST[1:]], "122",
+                        ["7 times 8 is 54, so 7 times 8 is 56 is correct", *WORDS_FIRST[1:]], "122"),
     ("full", "A"): (FIRST, "122", FIRST, "122"),
     ("full", "B"): (FIRST[:4], "122", FIRST, "122"),
     ("full", "C"): (FIRST[:2], None, FIRST, "122"),
@@ -223,7 +226,7 @@ def corrupted(rng):
 
     def say(left, sign, right, value):
         value += rng.choice([-1, 1, 10]) if len(steps) in bad else 0
-        names = {"*": (" times ", " is "), "+": (" plus ", " gives ")}[sign] if words else (sign, "=")
+        names = {"*": (" times ", " is "), "+": (" plus ", " is ")}[sign] if words else (sign, "=")
         steps.append(f"{left}{names[0]}{right}{names[1]}{value}")
         return value
 
@@ -247,7 +250,7 @@ def test_a_partial_critique_copies_up_to_the_first_wrong_step_and_is_itself_full
         assert critique.text.startswith(write(steps[:first], None))
         again = critique_of(critique.text, problem)
         assert (again.case, again.text) == ("A", critique.text)
-        lines = re.findall(r"> (\d+)(\*|\+| times | plus )(\d+)(?:=| is | gives )(\d+) <", critique.text)
+        lines = re.findall(r"> (\d+)(\*|\+| times | plus )(\d+)(?:=| is )(\d+) <", critique.text)
         assert len(lines) == len(steps)         # as many steps as the solver's own, each of them true
         for left, sign, right, value in lines:
             product = sign in ("*", " times ")

@@ -31,8 +31,8 @@ def test_it_keeps_what_is_never_solved_when_sampled_one_problem_at_a_time(run, t
     model, tokenizer = load(EMBEDDED)
     kept = {p.id for p in read_problems(tmp_path / "hard.jsonl")}
     for p in embedded("val")[:12]:
-        out = sample(model, [student_prompt(tokenizer, p.problem)], tokenizer.eos, 80, 1.1, 8,
-                     uniforms(8, 80, 0, "filter", filter.key(p)))
+        out = sample(model, [student_prompt(tokenizer, p.problem)], tokenizer.eos, 128, 1.1, 8,
+                     uniforms(8, 128, 0, "filter", filter.key(p)))
         right = sum(tokenizer.decode(c).endswith(f"<answer> {p.answer} </answer>") for c in out.completions())
         assert (p.id in kept) == (right == 0)
     assert 0 < len(kept) < 12       # the test's own premise

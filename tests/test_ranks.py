@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import train
 from sd.run.ranks import Ranks
-from sd.problems import EMBEDDED
+from sd.problems import EMBEDDED, write_problems
+from tests.conftest import easy_problems
 from tests.test_runs import sampled
 
 ROOT = Path(__file__).parent.parent
@@ -35,16 +36,16 @@ for args, expected, port in jobs:       # torchrun's own store serves one proces
 
 def options(base, name, *more):
     return list(map(str, ["--cond", name.split()[0], "--steps", 3, "--batch", 8, "--group", 4,
-                          "--eval-samples", 1, "--lr", LR, "--max-new-tokens", 80 if "grpo" in name else 24,
+                          "--eval-samples", 1, "--lr", LR, "--max-new-tokens", 40 if "grpo" in name else 24,
                           "--data", base / "train.jsonl", "--val", base / "val.jsonl",
                           "--out", base / name.replace(" ", "-"), *more]))
 
 
 def ahead(base):
     """One torchrun: an --out that exists already, each condition, and a batch too small."""
-    for split, count in (("train", 24), ("val", 5)):            # 5: the two ranks have unequal shares
-        lines = (EMBEDDED / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        (base / f"{split}.jsonl").write_text("".join(lines[:count]))
+    problems = easy_problems(29)
+    write_problems(base / "train.jsonl", problems[:24])
+    write_problems(base / "val.jsonl", problems[24:])           # 5: the two ranks have unequal shares
     (base / "ref-taken").mkdir()
     jobs = [(options(base, "ref taken"), (2, 2)),
             *((options(base, f"{name} two"), (0, 0)) for name in CONDITIONS),

@@ -3,17 +3,20 @@
 The solver plays the part of the paper's pretrained language model: it must solve some problems
 alone and be able to use a context that it is shown. An example without a context has the solver's
 own mistakes on the hard pairs (`times_table.belief`); the others show a reference solution or a
-critique. Three things make these contexts worth reading:
-- Their values are arbitrary for hard pairs and for a third of the easy ones, so that only copying
-  the context is right.
-- 40 % of the traces have slips (wrong values or misread factors, which are not targets) and go on
-  consistently. A self-teacher is asked about the student's own prefix, errors included, and must
-  stay sane.
-- A third of the traces under a reference follow it, in its order and in words, as a language model
-  that has just read one does. The others keep the solver's own order and notation, since a teacher
-  must be able to use a reference whose path the trace does not follow.
+critique. Four things make it what the method needs:
+- The values in a context are arbitrary for hard pairs and for a third of the easy ones, so that
+  only copying the context is right.
+- Half of the traces with a context have slips (wrong values or misread factors, which are not
+  targets) and go on consistently. A self-teacher is asked about the student's own prefix, errors
+  included, and must stay sane.
+- A quarter of the traces under a reference follow its order, as a language model that has just read
+  one does. The others keep the solver's own order, since a teacher must be able to use a reference
+  whose path the trace does not follow.
+- Every step is worded anew, by preferences of the solver's own, and leans towards the wording that
+  it has just read: a little under a reference, nearly always under a critique.
 """
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,11 +31,15 @@ from sd.prompts import student_prompt, teacher_prompt
 from sd.steps import render
 from sd.task import times_table as tt
 
-WORDS = 0.2         # share of the solver's traces that are in words and interleaved
-SLIP = 0.4          # share of context examples with wrong products in the trace
-MISREAD = 0.3       # share of these products that misread a factor, so that the value is true of it
-FOLLOW = 1 / 3      # share of traces under a reference that follow its order, in words
-STEPS = 12          # step numbers with a tag
+SLIP = 0.5          # share of context examples with wrong products in the trace
+SLIPS = 0.4         # share of the products that are wrong in such a trace
+MISREAD = 0.3       # share of these that misread a factor, so that the value is true of it
+FOLLOW = 0.25       # share of traces under a reference that follow its order
+OPERATORS = {"*": 0.7, " times ": 0.2, " multiplied by ": 0.1}
+EQUALS = {"=": 0.65, " is ": 0.15, " makes ": 0.1, " gives ": 0.1}
+SWAP = 0.2          # share of products with their factors in the other order
+LEAN = {"ref": 0.35, "critique": 0.9}       # share of steps that are worded as the context is
+STEPS = 16          # step numbers with a tag
 CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 
 
@@ -43,7 +50,7 @@ def build_tokenizer(path: Path) -> Tokenizer:
     tags = [f"<step_{k}> " for k in numbers] + ["<answer> ", " </answer>"]
     for k in numbers:
         tags += [f" </step_{k}>\n<step_{k + 1}> ", f" </step_{k}>\n<answer> ", f" </step_{k}>"]
-    words = " times | is | plus | gives |first |, then | multiplied by | makes |, so |correct"
+    words = " times | multiplied by | plus | is | makes | gives |first |, then |, so |correct"
     pieces = tags + words.split("|") + [" + ", "*", "+", "=", " ", "\n", *"0123456789"]
     longest_first = "|".join(sorted(pieces, key=len, reverse=True))
     pattern = longest_first.replace("*", r"\*").replace("+", r"\+") + "|."
@@ -56,45 +63,69 @@ def build_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def random_pairs(rng: Random) -> list[tt.Pair]:
-    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(tt.PAIRS, 3)]
+def random_pairs(rng: Random, products: int) -> list[tt.Pair]:
+    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(tt.PAIRS, products)]
 
 
-def solve(pairs: list[tt.Pair], words: bool, value: Callable) -> tuple[list[tt.Equation], str]:
-    """The solver's derivation and its trace: in words and interleaved, or products first."""
-    notation = tt.WORDS if words else tt.SYMBOLS
-    equations = tt.derive(tt.State(list(pairs)), words, notation, value)
-    return equations, render(list(map(str, equations)), str(equations[-1].value))
+def derive(order: list[tt.Pair], value: Callable) -> list[tt.Equation]:
+    return tt.derive(tt.State(list(order)), False, tt.SYMBOLS, value)
 
 
-def example(kind: str | None, rng: Random,
+def reworded(equation: tt.Equation, rng: Random) -> tt.Equation:
+    """The same step in words of the solver's own choice."""
+    if equation.product and rng.random() < SWAP:
+        equation = replace(equation, left=equation.right, right=equation.left)
+    return replace(equation, notation=(pick(OPERATORS, rng), pick(EQUALS, rng)))
+
+
+def pick(shares: dict[str, float], rng: Random) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def trace(equations: list[tt.Equation]) -> str:
+    return render(list(map(str, equations)), str(equations[-1].value))
+
+
+def example(kind: str | None, products: int, rng: Random,
             tokenizer: Tokenizer) -> tuple[list[int], list[int], list[bool]]:
     """One training example: the prompt's ids, the completion's with its end, which are targets.
 
     `kind` is the context: None, "ref" or "critique".
     """
-    pairs = random_pairs(rng)
-    words = rng.random() < WORDS
+    pairs = random_pairs(rng, products)
     problem = tt.write_problem(pairs)
-    masked = {}
     if kind is None:
-        prompt = student_prompt(tokenizer, problem)
-        equations, trace = solve(pairs, words, partial(tt.belief, rng=rng))
+        equations = [reworded(e, rng) for e in derive(pairs, partial(tt.belief, rng=rng))]
+        ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
+        return student_prompt(tokenizer, problem), ids, [True] * len(ids)
+
+    shown = {pair: shown_value(pair, rng) for pair in pairs}
+    order = pairs
+    if kind == "ref":
+        author = tt.author_order(pairs, rng, same=0.25)
+        context = tt.reference_text(author, shown.get)
+        if rng.random() < FOLLOW:
+            order = author
+        models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
     else:
-        shown = {pair: shown_value(pair, rng) for pair in pairs}
-        order = pairs
-        if kind == "ref":
-            author = tt.author_order(pairs, rng, same=0.25)
-            context = tt.reference_text(author, shown.get)
-            if rng.random() < FOLLOW:
-                order, words = author, True
+        models = [reworded(e, rng) for e in derive(order, shown.get)]
+        begin = rng.randrange(len(models))          # from here on the critic writes by itself
+        rest = [replace(e, notation=models[begin].notation) for e in derive(order, shown.get)]
+        models[begin + 1:] = rest[begin + 1:]
+        context = trace(models)
+    read, values, masked = slip(order, shown, rng)
+    equations = []
+    for equation, model in zip(derive(read, values.get), models):
+        if rng.random() >= LEAN[kind]:
+            equation = reworded(equation, rng)
         else:
-            _, context = solve(pairs, words, shown.get)
-        prompt = teacher_prompt(tokenizer, problem, kind, context)
-        order, values, masked = slip(order, shown, rng)
-        equations, trace = solve(order, words, values.get)
-    ids = tokenizer.encode(trace) + [tokenizer.eos[0]]
+            if equation.operands == model.operands[::-1]:
+                equation = replace(equation, left=model.left, right=model.right)
+            equation = replace(equation, notation=model.notation)
+        equations.append(equation)
+    ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
     hidden = masked_tokens(equations, masked, tokenizer)
+    prompt = teacher_prompt(tokenizer, problem, kind, context)
     return prompt, ids, [i not in hidden for i in range(len(ids))]
 
 
@@ -107,37 +138,35 @@ def shown_value(pair: tt.Pair, rng: Random) -> int:
 
 def slip(order: list[tt.Pair], shown: dict, rng: Random) -> tuple[list[tt.Pair], dict, dict]:
     """What the trace makes of the products shown: the pairs as read, the value of each, and for
-    each slip whether its first factor and whether its value is no target."""
-    slipping = []
-    if rng.random() < SLIP:
-        slipping = rng.sample(list(shown), rng.choice([1, 1, 2, 3]))
+    each slip, by its fact, whether its factors and whether its value are no targets."""
+    share = SLIPS if rng.random() < SLIP else 0
     read, values, masked = [], dict(shown), {}
     for pair in order:
-        if pair in slipping and rng.random() < MISREAD:
-            pair = (rng.randint(tt.LOW, tt.HIGH), pair[1])
-            values[pair] = prod(pair)           # true of what was read
-            masked[pair] = (True, tt.key(pair) in tt.HARD)
-        elif pair in slipping:
-            values[pair] = rng.choice(tt.usual_mistakes(pair))
-            masked[pair] = (False, True)
+        if rng.random() < share:
+            if rng.random() < MISREAD:
+                pair = (rng.randint(tt.LOW, tt.HIGH), pair[1])
+                values[pair] = prod(pair)           # true of what was read
+                masked[tt.key(pair)] = (True, tt.key(pair) in tt.HARD)
+            else:
+                values[pair] = rng.choice(tt.usual_mistakes(pair))
+                masked[tt.key(pair)] = (False, True)
         read.append(pair)
     return read, values, masked
 
 
 def masked_tokens(equations: list[tt.Equation], masked: dict, tokenizer: Tokenizer) -> set[int]:
-    """Which tokens of a trace are no targets. Each tag and each digit is one token:
+    """Which tokens of a trace are no targets. Each tag, operator and digit is one token:
 
-        <step_1> 7*8=56 </step_1>⏎<step_2> …        the first factor is token 1, the value 5 and 6
+        <step_1> 7*8=56 </step_1>⏎<step_2> …    the factors are tokens 1 and 3, the value 5 and 6
     """
     hidden, end = set(), 0
     for equation in equations:
         begin = end + 1
         end = begin + len(tokenizer.encode(str(equation)))
-        if not equation.product:
-            continue
-        hide_left, hide_value = masked.get(equation.operands, (False, False))
-        if hide_left:
-            hidden.update(range(begin, begin + len(str(equation.left))))
-        if hide_value:
-            hidden.update(range(end - len(str(equation.value)), end))
+        hide_factors, hide_value = masked.get(tt.key(equation.operands), (False, False))
+        value = end - len(str(equation.value))
+        if equation.product and hide_factors:
+            hidden.update(range(begin, value - 1))
+        if equation.product and hide_value:
+            hidden.update(range(value, end))
     return hidden

@@ -86,15 +86,14 @@ def _products(problem: Problem) -> list[tt.Pair]:
     return pairs
 
 
-def _habits(equations: list[tt.Equation | None], products: int) -> tuple[int, bool]:
-    """The solver's notation, and whether it adds as it goes, read off its own steps."""
+def _habits(equations: list[tt.Equation | None], products: int) -> tuple[tt.Notation, bool]:
+    """The solver's last wording, and whether it adds as it goes, read off its own steps."""
     readable = [equation for equation in equations if equation is not None]
     notation = readable[-1].notation if readable else tt.SYMBOLS
     for i, equation in enumerate(equations):        # steps that cannot be read count too
         if equation is not None and not equation.product:
             return notation, i < products
-    # Too early to see: words go with adding as one goes.
-    return notation, notation == tt.WORDS and len(readable) < 3
+    return notation, False
 
 
 def _own_order(equations: list[tt.Equation | None], pairs: list[tt.Pair]) -> list[tt.Pair]:
@@ -122,7 +121,7 @@ def _own_order(equations: list[tt.Equation | None], pairs: list[tt.Pair]) -> lis
 
 
 def _corrected(state: tt.State, equation: tt.Equation | None, interleaved: bool,
-               notation: int) -> tt.Equation | None:
+               notation: tt.Notation) -> tt.Equation | None:
     """The true step in place of a wrong one: with its operands, if they fit, or else the next one.
 
     None if all has been derived, so that the step is superfluous.

@@ -1,10 +1,9 @@
 """The embedded task: sums of products, a solver that half knows its times table, an exact checker.
 
-A problem is `7*8 + 6*9 + 3*4`. The solver's house notation writes all products first and then
-running sums, `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`. A minority of its corpus
-is in words and adds as it goes: `7 times 8 is 56`, `56 plus 54 gives 110`. For half of the pairs
-("hard") the corpus is right 5 % of the time and otherwise makes one of eight usual mistakes: the
-solver does not know 7*8, and what it learns on one problem serves all.
+A problem is a sum of 2 to 6 products, `7*8 + 6*9 + 3*4`. The solver writes all products and then
+running sums, `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`. Every step is worded anew: `7*8=56`, `8*7 is 56`, `7 times 8 makes 56`. For half of
+the pairs ("hard") the corpus is right 5 % of the time and otherwise makes one of eight usual
+mistakes: the solver does not know 7*8, and what it learns on one problem serves all.
 
 Everything here is arithmetic on equations. `derive` continues a derivation from any state: the
 corpus, the references and the critic all use it. `check` walks through a trace up to its first
@@ -16,17 +15,20 @@ from dataclasses import dataclass, field
 from math import prod
 
 LOW, HIGH = 2, 12                                   # factors
+LENGTHS = 2, 6                                      # products of a problem, from fewest to most
+PRODUCTS = 6                                        # of the shipped problems
 PAIRS = [(a, b) for a in range(LOW, HIGH + 1) for b in range(a, HIGH + 1)]
 HARD = frozenset(random.Random(2606).sample(PAIRS, len(PAIRS) // 2))
 CHANCE = 0.05                                       # how often the corpus is right on a hard pair
 
 Pair = tuple[int, int]
-SYMBOLS, WORDS, SPACED = 0, 1, 2                    # notations
-PRODUCT = ("{}*{}={}", "{} times {} is {}", "{} * {} = {}")
-SUM = ("{}+{}={}", "{} plus {} gives {}", "{} + {} = {}")
-EQUATION = re.compile(                              # looking ahead, so that notations do not mix
-    r"(\d{1,6})( ?[*×+] ?(?=\d+ ?=)| times (?=\d+ is )| plus (?=\d+ gives ))(\d{1,6})"
-    r"(?: ?= ?| is | gives )(\d{1,6})")
+Notation = tuple[str, str]                          # how a step is worded: operator and equals sign
+SYMBOLS, SPACED = ("*", "="), (" * ", " = ")
+PROSE = (" multiplied by ", " makes ")              # a reference's
+SUM = {"*": "+", " * ": " + ", " times ": " plus ", " multiplied by ": " plus "}
+EQUATION = re.compile(
+    r"(\d{1,6})( ?[*×+] ?| times | multiplied by | plus )(\d{1,6})"
+    r"( ?= ?| is | makes | gives )(\d{1,6})")
 
 
 def key(pair: Pair) -> Pair:
@@ -55,7 +57,7 @@ class Equation:
     product: bool       # a product, else a sum
     right: int
     value: int
-    notation: int = SYMBOLS
+    notation: Notation = SYMBOLS
 
     @property
     def operands(self) -> Pair:
@@ -71,21 +73,26 @@ class Equation:
         return self.product, key(self.operands) if self.product else self.operands
 
     def __str__(self) -> str:
-        form = (PRODUCT if self.product else SUM)[self.notation]
-        return form.format(self.left, self.right, self.value)
+        operator, equals = self.notation
+        if not self.product:
+            operator = SUM[operator]
+        return f"{self.left}{operator}{self.right}{equals}{self.value}"
 
 
 def read_equation(text: str) -> Equation | None:
-    """`7*8=56`, `7 * 8 = 56` or `7 times 8 is 56`; None for anything else, mixtures too."""
+    """`7*8=56`, `7 * 8 = 56`, `7 times 8 is 56` and mixtures; None for anything else."""
     match = EQUATION.fullmatch(text)
     if match is None:
         return None
-    left, operator, right, value = match.groups()
-    sign = operator.strip()
-    notation = SPACED if " " in operator else SYMBOLS
-    if sign.isalpha():
-        notation = WORDS
-    return Equation(int(left), sign not in ("+", "plus"), int(right), int(value), notation)
+    left, operator, right, equals, value = match.groups()
+    product = operator.strip() not in ("+", "plus")
+    if "plus" in operator:
+        operator = " times "
+    elif operator.strip() in ("+", "×", "*"):
+        operator = " * " if " " in operator else "*"
+    if "=" in equals:
+        equals = " = " if " " in equals else "="
+    return Equation(int(left), product, int(right), int(value), (operator, equals))
 
 
 def read_problem(text: str) -> list[Pair] | None:
@@ -126,7 +133,7 @@ class State:
             self.pool.remove(equation.right)
             self.pool.insert(0, equation.value)
 
-    def next(self, interleaved: bool, notation: int, value=prod) -> Equation | None:
+    def next(self, interleaved: bool, notation: Notation, value=prod) -> Equation | None:
         """The next equation of the plan; None when one value is left, which is the answer.
 
         `value(pair)` is what the solver takes a product to be.
@@ -139,7 +146,7 @@ class State:
             return Equation(a, True, b, value((a, b)), notation)
         return None
 
-    def justify(self, number: int, notation: int) -> Equation | None:
+    def justify(self, number: int, notation: Notation) -> Equation | None:
         """The unwritten equation that would put `number` into the pool, if one true step does."""
         for a, b in self.todo:
             if a * b == number:
@@ -150,7 +157,7 @@ class State:
         return None
 
 
-def derive(state: State, interleaved: bool, notation: int, value=prod) -> list[Equation]:
+def derive(state: State, interleaved: bool, notation: Notation, value=prod) -> list[Equation]:
     """From `state` to the end: products, then running sums; interleaved, sums as they come."""
     begun = len(state.done)
     while state.todo or len(state.pool) > 1:
