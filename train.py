@@ -189,7 +189,7 @@ def averages(rows: list[dict]) -> dict:
         return sum(row[key] for row in rows) / len(rows)
 
     numbers = {"reward": mean("reward"), "length": mean("tokens"), "truncated": mean("truncated"),
-               "entropy": mean("nats") / mean("tokens")}
+               "entropy": mean("nats") / mean("tokens"), "signal": mean("signal")}
     for name, key in (("critique_malformed", "malformed"), ("context_shortened", "shortened")):
         if key in rows[0]:
             numbers[name] = sum(bool(row[key]) for row in rows)

@@ -223,7 +223,10 @@ def table(summary: dict) -> str:
 
 def figure(summary: dict) -> str:
     """The means as bars with intervals, an SVG."""
-    x = axis(-20, 1, 84, 320, symlog)           # always the same, so that figures can be compared
+    cells = [numbers[kind] for numbers in summary.values() for kind in KINDS if kind in numbers]
+    low = min(-20, *(cell["low"] for cell in cells))    # mostly the same, so that figures compare
+    high = max(1, *(cell["high"] for cell in cells))
+    x = axis(low, high, 84, 320, symlog)
     marks, y = [], 30
     for kind in KINDS:
         if kind not in summary["grpo"]:

@@ -1,19 +1,21 @@
 """The paper's claims and further questions, over seeds: one command, one table, nothing picked.
 
-    python -m sd.experiment main --seeds 5  grpo, ref, critique
-    python -m sd.experiment alignment       ref, with references near to and far from the solver's
+    python -m sd.experiment main --seeds 5  grpo, ref, critique; grpo at its own best rate too
+    python -m sd.experiment horizon         the same for problems of 2 to 6 products
+    python -m sd.experiment rate            how the learning rate and the default length were chosen
     python -m sd.experiment quoting         critiques that quote partially, fully, not at all
-    also: divergence, teacher, critic-noise, and scale, for a smaller solver that this makes first:
-    python -m sd.pretrain --width 64 --out solver-64
+    also: alignment, divergence, teacher, critic-noise; all: one after another
 
-Further options go to train.py: --steps 20 for a quick look.
+Every finished run is a line of a ledger: sd/ledger.jsonl holds those behind RESULTS.md, so a table
+is printed at once; OUT/ledger.jsonl those that you add, by more --seeds or other options, which go
+to train.py (--steps 20 for a quick look). --fresh measures anew. A line is known by its
+options, defaults too, and by the solver's weights, so experiments share the runs that they have in
+common. Every run calls `train.py` and then `eval.py` as a user would, in a folder of OUT/runs; one
+that was killed is resumed. Start one experiment at a time per OUT.
 
-Every run calls `train.py` and then `eval.py` as a user would, so nothing here can differ from what
-they do. Runs are in OUT/runs, each in a folder named by a digest of its options, so experiments
-share the runs that they have in common; start one experiment at a time per OUT. A run that is
-finished is skipped, and one that was killed is resumed. Tables come from stored results alone:
-OUT/NAME/table.md and results.json are the same to the digit when made again. Checkpoints are chosen
-on validation problems and measured on test problems. Intervals are over seeds and problems.
+Tables come from the ledger alone: OUT/NAME/table.md is the same to the digit when made again.
+Checkpoints are chosen on validation problems and measured on test problems. Intervals are over
+seeds.
 """
 import argparse
 import json
@@ -24,84 +26,116 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sd import UserError, command, losses
+from sd import UserError, command, horizon, losses
 from sd.advantage import sample_rollouts
 from sd.conditions import completion_hidden, feedback
-from sd.config import Config, parse_config
-from sd.llm.checkpoint import load, write_atomic, write_json
-from sd.problems import EMBEDDED, Problem, embedded, read_problems, write_problems
-from sd.report import read_curves, write_report
+from sd.config import MACHINE, Config, parse_config
+from sd.llm.checkpoint import load, write_atomic
+from sd.pretrain import make_problems
+from sd.problems import EMBEDDED, Problem, read_problems, write_problems
+from sd.report import read_rows
 from sd.run.figure import axis, document, interval, line, point, text, ticks
 from sd.steps import render, token_span
 from sd.task import times_table as tt
 from sd.task.symbolic import SymbolicCritic
 
-# An experiment's arms: a condition, then the options that set it apart. All are train.py's but one:
-# --references writes reference solutions of one kind; here from near the solver's to far.
-SMALL = " --model solver-64 --data solver-64/train.jsonl --val solver-64/val.jsonl"
+# An experiment's arms: a condition, then the options that set it apart. All are train.py's but two:
+# --products takes problems of another length, --references writes reference solutions of one kind;
+# here from near the solver's to far.
+OWN_LR = {n: f"grpo --lr {rate}" for n, rate in horizon.OWN_RATE.items()}
 ARMS = {
-    "main": ["grpo", "ref", "critique"],
-    "alignment": [
-        "ref --references same",
-        "ref --references worded",
-        "ref --references half",
-        "ref --references reordered",
-        "ref --references decomposed",
-        "critique",
-        "grpo"],
+    "main": ["critique", "ref", "grpo", OWN_LR[tt.PRODUCTS]],
+    "horizon": [f"{arm} --products {n}" for n in horizon.LENGTHS for arm in (
+        "critique", "ref", "grpo", OWN_LR[n],
+        "critique --divergence reverse", "ref --divergence reverse")],
+    "rate": [f"{arm} --products {n}" for n in horizon.LENGTHS for arm in (
+        f"critique --lr {horizon.EQUAL_RATE}", f"ref --lr {horizon.EQUAL_RATE}",
+        *(f"grpo --lr {rate}" for rate in horizon.RATES))],
     "quoting": [
         "critique --quoting partial",
         "critique --quoting full",
         "critique --quoting omit",
         "ref"],
-    "divergence": [
-        "ref --divergence forward",
-        "critique --divergence forward",
-        "ref --divergence reverse",
-        "critique --divergence reverse",
-        "ref --divergence jsd",
-        "critique --divergence jsd",
-        "ref --divergence sampled",
-        "critique --divergence sampled"],
-    "teacher": [
-        "ref --teacher base",
-        "critique --teacher base",
-        "ref --teacher ema",
-        "critique --teacher ema",
-        "ref --teacher live",
-        "critique --teacher live"],
+    "alignment": [
+        "critique",
+        "grpo",
+        "ref --references same",
+        "ref --references worded",
+        "ref --references half",
+        "ref --references reordered",
+        "ref --references decomposed"],
+    "divergence": [f"{cond} --divergence {kind}"
+                   for kind in ("forward", "reverse", "jsd", "sampled")
+                   for cond in ("critique", "ref")],
+    "teacher": [f"{cond} --teacher {kind}" for kind in ("base", "ema", "live")
+                for cond in ("critique", "ref")],
     "critic-noise": [
         "critique --critic-noise 0.0",
         "critique --critic-noise 0.1",
         "critique --critic-noise 0.25",
         "critique --critic-noise 0.5",
-        "ref"],
-    "scale": ["grpo" + SMALL, "ref" + SMALL, "critique" + SMALL]}
+        "ref"]}
 OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume"}
 METRICS = ("avg@12", "maj@12", "pass@12")
 ROOT = Path(__file__).resolve().parent.parent
+LEDGER = ROOT / "sd/ledger.jsonl"
 # 97.5 % of Student's t for 2, 3, ... 10 seeds
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-COLOURS = {"ref": "blue", "critique": "orange"}
 
 
-def arms(experiment: str, out: Path, extra: list[str]) -> dict[str, list[str]]:
-    """Name of an arm -> its options for train.py, then `extra`; makes the files that they name."""
-    options = {}
-    for arm in ARMS[experiment]:
-        cond, *rest = arm.split()
-        if "--references" in rest:
-            rest = write_references(rest[1], out / "data")
-        name = " ".join(arm.split()[:3]).replace("--", "")
-        options[name] = ["--cond", cond, *rest, *extra]
-    return options
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm of ARMS with one seed."""
+    arm: str
+    seed: int
+    config: Config              # without --data and --val
+    options: tuple[str, ...]    # what train.py is given
+    products: int
+    references: str
+
+    @property
+    def facts(self) -> dict:
+        """What the run's result depends on, as the ledger has it."""
+        return {"solver": solver_digest(), "products": self.products,
+                "references": self.references, "options": options_of(self.config)}
+
+    def find(self, ledger: list[dict]) -> dict | None:
+        """The ledger's line of this run. An option that is newer than a line had its default."""
+        wanted, defaults = self.facts, options_of(Config())
+        for line in ledger:
+            facts = {name: line[name] for name in wanted}
+            facts["options"] = defaults | line["options"]
+            if facts == wanted:
+                return line
+        return None
+
+
+def options_of(config: Config) -> dict:
+    left_out = MACHINE | {"out", "data", "val"}     # `products` and `references` say which data
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def make_job(arm: str, seed: int, extra: list[str]) -> Job:
+    """Ends like train.py if it refuses the options."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--products", type=int, default=tt.PRODUCTS)
+    own.add_argument("--references", default="")
+    args, rest = own.parse_known_args(arm.split()[1:])
+    options = ("--cond", arm.split()[0], *rest, *extra, f"--seed={seed}")
+    return Job(arm, seed, config_of(options), options, args.products, args.references)
+
+
+@cache
+def solver_digest() -> str:
+    return sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
 
 
 def reference(problem: Problem, kind: str) -> str:
@@ -125,12 +159,21 @@ def reference(problem: Problem, kind: str) -> str:
     return "first " + ", then ".join(parts) + f", so {problem.answer} is correct"
 
 
-def write_references(kind: str, folder: Path) -> list[str]:
-    """Writes the embedded problems with such references; returns the options that name them."""
-    for split in ("train", "val"):
-        problems = [replace(p, solution=reference(p, kind)) for p in embedded(split)]
-        write_problems(folder / f"{kind}-{split}.jsonl", problems)
-    return [f"--data={folder}/{kind}-train.jsonl", f"--val={folder}/{kind}-val.jsonl"]
+def problems_of(job: Job, out: Path) -> Path:
+    """The folder of a job's problems; makes it when it is first needed."""
+    folder = EMBEDDED
+    if job.products != tt.PRODUCTS:
+        folder = out / f"problems/{job.products}-{solver_digest()[:8]}"
+        if not (folder / "test.jsonl").exists():
+            make_problems(folder, *load(EMBEDDED), job.products)
+    if not job.references:
+        return folder
+    written = out / f"problems/{job.products}-{solver_digest()[:8]}-{job.references}"
+    for split in ("train", "val", "test"):
+        problems = [replace(p, solution=reference(p, job.references))
+                    for p in read_problems(folder / f"{split}.jsonl")]
+        write_problems(written / f"{split}.jsonl", problems)
+    return written
 
 
 def run_command(*command: str) -> None:
@@ -142,68 +185,82 @@ def run_command(*command: str) -> None:
         raise UserError(f"{' '.join(command)}: {' '.join(result.stderr.splitlines()[-1:])}")
 
 
-def config_of(options: list[str]) -> Config:
+def config_of(options: tuple[str, ...]) -> Config:
     """What train.py makes of `options`; ends like train.py if it refuses them."""
-    config, _ = parse_config(argparse.ArgumentParser("train.py", allow_abbrev=False), options)
+    config, _ = parse_config(argparse.ArgumentParser("train.py", allow_abbrev=False), list(options))
     return config
 
 
-def place(runs: Path, config: Config) -> Path:
-    """A run's folder. No two share a name: it has a digest of all options, defaults too."""
-    digest = sha256(json.dumps(asdict(config)).encode()).hexdigest()[:8]
-    return runs / f"{config.cond}-seed{config.seed}-{digest}"
+def run(job: Job, out: Path) -> dict:
+    """Trains and measures one arm and seed, unless that is done. Returns the ledger's line."""
+    digest = sha256(json.dumps(job.facts).encode()).hexdigest()[:8]
+    folder = out / f"runs/{job.config.cond}-seed{job.seed}-{digest}"
+    problems = problems_of(job, out)
+    if not (folder / "test.json").exists():
+        if any(folder.glob("state-*.safetensors")):
+            run_command("train.py", f"--resume={folder}")       # does nothing if finished
+        else:
+            shutil.rmtree(folder, ignore_errors=True)           # killed before its first state
+            data = [f"--data={problems}/train.jsonl", f"--val={problems}/val.jsonl"]
+            run_command("train.py", *job.options, *data, f"--out={folder}")
+        run_command(
+            "eval.py", f"{folder}/best",
+            f"--test={problems}/test.jsonl",
+            f"--temperature={job.config.temperature}",          # measured as it was trained
+            f"--max-new-tokens={job.config.max_new_tokens}",
+            f"--json={folder}/test.json")
+        print(f"done: {job.arm}, seed {job.seed}", flush=True)
+    test = json.loads((folder / "test.json").read_text())
+    return job.facts | {
+        "test": {name: round(test[name]["mean"], 3) for name in METRICS},
+        "curve": read_curve(folder / "metrics.jsonl")}
 
 
-def run(runs: Path, options: list[str]) -> Path:
-    """Trains and measures one arm and seed, unless that is done. Returns the run's folder."""
-    config = config_of(options)
-    folder = place(runs, config)
-    if (folder / "test.json").exists():
-        return folder
-    if any(folder.glob("state-*.safetensors")):
-        run_command("train.py", f"--resume={folder}")           # does nothing if finished
-    else:
-        shutil.rmtree(folder, ignore_errors=True)               # killed before its first state
-        run_command("train.py", *options, f"--out={folder}")
-    run_command(
-        "eval.py", f"{folder}/best",
-        f"--test={config.model or EMBEDDED}/test.jsonl",
-        f"--temperature={config.temperature}",                  # measured as it was trained
-        f"--max-new-tokens={config.max_new_tokens}",
-        f"--json={folder}/test.json")
-    print(f"done: {folder}", flush=True)
-    return folder
+def read_curve(path: Path) -> list[dict]:
+    """A run's evaluations: what was spent until each, and diagnostics averaged since the last."""
+    curve, since, rollouts, tokens = [], [], 0, 0
+    for row in read_rows(path):
+        if "loss" in row:
+            tokens += row["length"] * (row["rollouts"] - rollouts)
+            rollouts = row["rollouts"]
+            since.append(row)
+            continue
+        avg, = (value for name, value in row.items() if name.startswith("val_avg@"))
+        curve.append({"step": row["step"], "avg": avg, "rollouts": rollouts,
+                      "tokens": round(tokens)})
+        if since:
+            for name in ("entropy", "signal"):
+                curve[-1][name] = round(float(np.mean([step[name] for step in since])), 4)
+        since = []
+    return curve
 
 
 def confidence(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of `values` (seeds, problems), from the variances over both.
+    """95 % interval of the mean of `values`, one a seed: Student's t. Not finite for one seed."""
+    S = len(values)
+    if S == 1:
+        return -math.inf, math.inf
+    half = T[min(S, len(T) + 1) - 2] * values.std(ddof=1) / S ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
 
-    Student's t is used over the seeds, since a bootstrap over three covers the truth only some 80
-    times in 100. The problems are many enough for the normal distribution. With one seed, the
-    interval is over the problems alone.
+
+def summary(arms: dict[str, list[dict]]) -> dict:
+    """The numbers of all arms, from their lines in the ledger, one per seed.
+
+    Differences are taken seed by seed: between all arms if they are few, else to the first.
     """
-    S, P = values.shape
-    half = 1.96 ** 2 * values.mean(0).var(ddof=1) / P
-    if S > 1:
-        half += T[min(S, len(T) + 1) - 2] ** 2 * values.mean(1).var(ddof=1) / S
-    return float(values.mean() - half ** 0.5), float(values.mean() + half ** 0.5)
-
-
-def summary(runs: dict[str, list[Path]]) -> dict:
-    """The numbers of all arms, from what their runs, one per seed, stored."""
-    arms, differences = {}, {}
-    averages = {}       # arm -> Avg (seeds, problems)
-    for name, folders in runs.items():
-        tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
-        curves = read_curves(folders[0] / "metrics.jsonl")
-        arms[name] = {metric: [test[metric]["mean"] for test in tests] for metric in METRICS}
-        arms[name]["rollouts"] = curves["train"]["rollouts"][-1]
-        average = 100 * np.array([test["values"]["avg"] for test in tests])
-        for other in averages:
+    result = {"seeds": len(next(iter(arms.values()))), "arms": {}, "differences in avg@12": {}}
+    averages = {}
+    for name, lines in arms.items():
+        numbers = {metric: [line["test"][metric] for line in lines] for metric in METRICS}
+        result["arms"][name] = numbers | {"rollouts": lines[0]["curve"][-1]["rollouts"]}
+        average = np.array(numbers["avg@12"])
+        for other in averages if len(arms) <= 4 else list(averages)[:1]:
             difference = average - averages[other]
-            differences[f"{name} - {other}"] = [difference.mean(), *confidence(difference)]
+            result["differences in avg@12"][f"{name} - {other}"] = [
+                difference.mean(), *confidence(difference)]
         averages[name] = average
-    return {"seeds": len(folders), "arms": arms, "differences in avg@12": differences}
+    return result
 
 
 def spread(values: list[float]) -> float:
@@ -217,10 +274,9 @@ def table(result: dict) -> str:
     for name, arm in result["arms"].items():
         cells = [f"{np.mean(arm[metric]):.1f} ± {spread(arm[metric]):.1f}" for metric in METRICS]
         lines.append(f"| {name} | {' | '.join(cells)} | {arm['rollouts']:,} |")
-    over = "seeds and problems" if result["seeds"] > 1 else "problems alone"
     lines += [
         f"\n{result['seeds']} seeds, mean ± standard deviation; checkpoint chosen on validation",
-        f"problems, measured on test problems; intervals over {over}.",
+        "problems, measured on test problems; intervals over seeds (Student's t).",
         "\n| difference in Avg@12 | mean | 95 % interval |",
         "|---|---|---|"]
     for name, (mean, low, high) in result["differences in avg@12"].items():
@@ -233,13 +289,12 @@ def table(result: dict) -> str:
 
 
 @torch.no_grad()
-def distance(config: Config) -> float:
+def distance(config: Config, problems: list[Problem]) -> float:
     """How far a context is from the solver: KL(teacher || student) per token of correct steps.
 
     This is the loss before the first step of training, on those tokens of validation rollouts.
     """
     model, tokenizer = load(EMBEDDED)
-    problems = read_problems(Path(config.val or EMBEDDED / "val.jsonl"))
     rollouts = sample_rollouts(model, tokenizer, problems, 1, config, "distance")
     critic = SymbolicCritic()
     limit = model.config.max_position_embeddings - config.max_new_tokens
@@ -270,7 +325,7 @@ def figure(result: dict) -> str:
         cond, *kind = name.split()
         values = result["arms"][name]["avg@12"]
         mean, half = np.mean(values), spread(values)
-        at, colour = x(value), COLOURS[cond]
+        at, colour = x(value), horizon.COLOURS[cond]
         marks += [
             interval((at, y(mean - half)), (at, y(mean + half)), colour),
             point(at, y(mean), colour),
@@ -283,35 +338,69 @@ def figure(result: dict) -> str:
 
 @command("sd.experiment", __doc__)
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=tuple(ARMS))
+    parser.add_argument("name", choices=(*ARMS, "all"))
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("experiments"),
                         help="folder of runs and tables (default: experiments)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                         help="runs at a time, one thread each (default: one per core)")
+    parser.add_argument("--fresh", action="store_true",
+                        help="measure anew what sd/ledger.jsonl has already")
     args, extra = parser.parse_known_args()     # the rest goes to train.py
+    names = list(ARMS) if args.name == "all" else [args.name]
     for word in extra:
-        if word.split("=")[0] in {*OWN, *" ".join(ARMS[args.name]).split()}:
+        if word.split("=")[0] in {*OWN, *" ".join(map(" ".join, map(ARMS.get, names))).split()}:
             parser.error(f"{word} is the experiment's own; leave it out (--seeds says how many)")
-    out = (args.out / args.name).resolve()
-    runs = out.parent / "runs"
-    options = arms(args.name, out, extra)
-    jobs = [[*arm, f"--seed={seed}"] for seed in range(args.seeds) for arm in options.values()]
-    for job in jobs:
-        config_of(job)                          # a wrong option is reported once, and now
-    print(f"{args.name}: {len(jobs)} runs, {args.jobs} at a time, to {runs}; "
-          "the same command, if stopped, goes on", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:         # after a failure, nothing new begins
-        folders = list(pool.map(lambda job: run(runs, job), jobs))
-    result = summary({name: folders[i::len(options)] for i, name in enumerate(options)})
-    if args.name == "alignment":
-        del options["grpo"]                     # it has no context
-        result["distance"] = {name: distance(config_of(arm)) for name, arm in options.items()}
-        write_atomic(out / "figure.svg", figure(result))
-    write_json(out / "results.json", result)
-    write_atomic(out / "table.md", table(result))
-    write_report(folders, out / "report.html")
-    print(f"{table(result)}\nwritten: {out}/table.md, results.json, report.html")
+    out = args.out.resolve()
+    for name in names:
+        jobs = {arm: [make_job(arm, seed, extra) for seed in range(args.seeds)]
+                for arm in ARMS[name]}
+        ledger = [] if args.fresh else list(read_rows(LEDGER))
+        ledger += read_rows(out / "ledger.jsonl")
+        measure(jobs, ledger, out, args.jobs)
+        publish(name, {arm: [job.find(ledger) for job in row] for arm, row in jobs.items()}, out)
+
+
+def measure(jobs: dict[str, list[Job]], ledger: list[dict], out: Path, at_once: int) -> None:
+    """Runs what the ledger lacks, all arms of a seed before the next seed, and adds it."""
+    missing = []
+    for row in zip(*jobs.values()):
+        for job in row:
+            if not job.find(ledger) and job.facts not in [other.facts for other in missing]:
+                missing.append(job)
+    if missing:
+        print(f"{len(missing)} runs, {at_once} at a time, to {out}/runs; the same command, if "
+              "stopped, goes on", flush=True)
+    for job in missing:
+        problems_of(job, out)
+    with ThreadPoolExecutor(at_once) as pool:           # after a failure, nothing new begins
+        for found in pool.map(lambda job: run(job, out), missing):
+            ledger.append(found)
+            with open(out / "ledger.jsonl", "a") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:
+    """Writes and prints an experiment's table, and its figures."""
+    if name == "rate":
+        content = horizon.rate_table(arms)
+    elif name == "horizon":
+        content = horizon.horizon_table(arms)
+        write_atomic(out / name / "figure.svg", horizon.figure(arms))
+        write_atomic(out / name / "curves.svg", horizon.curves(arms))
+    else:
+        result = summary(arms)
+        if name == "alignment":
+            result["distance"] = {}
+            for arm in arms:
+                job = make_job(arm, 0, [])
+                if job.config.cond != "grpo":           # it has no context
+                    problems = read_problems(problems_of(job, out) / "val.jsonl")
+                    result["distance"][arm] = distance(job.config, problems)
+            write_atomic(out / name / "figure.svg", figure(result))
+        content = table(result)
+    write_atomic(out / name / "table.md", content)
+    print(f"{name}\n{content}\nwritten: {out}/{name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Rollout:
         """What rollouts.jsonl keeps."""
         row = {"id": self.problem.id, "problem": self.problem.problem, "trace": self.trace.text,
                "reward": self.reward, "tokens": len(self.completion), "truncated": self.truncated,
-               "nats": -self.logprobs.sum().item()}             # -log p of the completion
+               "nats": -self.logprobs.sum().item(),             # -log p of the completion
+               "signal": self.has_gradient}
         if self.advantage is None:
             row["shortened"] = self.shortened
         if self.critique is not None:

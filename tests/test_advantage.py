@@ -25,11 +25,12 @@ from sd.critic import Critique
 from sd.llm.checkpoint import load
 from sd.llm.sampling import Sampled
 from sd.metrics import bootstrap
-from sd.problems import EMBEDDED, Problem, embedded
+from sd.problems import EMBEDDED, Problem, embedded, write_problems
 from sd.prompts import student_prompt, teacher_prompt
 from sd.rollouts import Rollout
 from sd.steps import parse, render
 from sd.task.symbolic import SymbolicCritic
+from tests.conftest import easy_problems
 from tests.test_faults import Scribe
 
 PROBLEM = Problem("p", "7*8 + 6*9 + 3*4", "122",
@@ -318,13 +319,15 @@ def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
     at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
     whiskers = [p.get("d") for p in svg.findall("s:path", space) if p.get("class") == ""]
     means = [of[kind] for kind in KINDS for of in summary.values()]
-    whole = np.log1p(20 / 0.1) + np.log1p(1 / 0.1)              # from -20 to 1, in 236 pixels
+    # from -20 to 1, or to the ends of the intervals, in 236 pixels
+    whole = (np.log1p(-min(-20, *(m["low"] for m in means)) / 0.1)
+             + np.log1p(max(1, *(m["high"] for m in means)) / 0.1))
     for r, d, m in zip(bars, whiskers, means, strict=True):
         left, right = float(r.get("x")), float(r.get("x")) + float(r.get("width"))
         assert (r.get("class") == "blue") == (m["mean"] > 0)
         assert (left if m["mean"] > 0 else right) == pytest.approx(at, abs=0.2)
         low, high = map(float, re.match(r"M([\d.]+) .*L([\d.]+) ", d).groups())
-        assert 83.9 <= low <= (right if m["mean"] > 0 else left) + 0.1 <= high + 0.2 <= 320
+        assert 83.9 <= low <= (right if m["mean"] > 0 else left) + 0.1 <= high + 0.25 <= 320.3
         scaled = np.log1p(abs(m["mean"]) / 0.1)
         assert abs(left - right) == pytest.approx(236 * scaled / whole, abs=0.2)
 
@@ -408,7 +411,8 @@ def run(capsys, monkeypatch, *args):
 
 def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tmp_path):
     files = [tmp_path / f"a.{name}" for name in ("json", "html", "svg")]
-    options = ["--problems", 6, "--samples", 4, "--seed", 3]
+    write_problems(tmp_path / "val.jsonl", easy_problems(9))    # grpo has a signal
+    options = ["--data", tmp_path / "val.jsonl", "--problems", 6, "--samples", 4, "--seed", 3]
     status, out, err = run(capsys, monkeypatch, *options,
                            *[x for f in files for x in (f"--{f.suffix[1:]}", f)])
     assert status == 0 and err == ""

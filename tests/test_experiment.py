@@ -1,5 +1,4 @@
 """The experiments' own parts: references moving away from the solver, intervals, tables of stored results."""
-import argparse
 import json
 import re
 import sys
@@ -12,8 +11,9 @@ import pytest
 import torch
 
 from sd import UserError, experiment
-from sd.config import Config, parse_config
-from sd.experiment import arms, confidence, distance, figure, place, reference, run, summary, table
+from sd.config import Config
+from sd.experiment import (ARMS, confidence, distance, figure, make_job, measure, problems_of, read_curve, reference,
+                           run, summary, table)
 from sd.llm.checkpoint import load
 from sd.problems import EMBEDDED, embedded, read_problems, write_problems
 from sd.rollouts import Rollout
@@ -46,64 +46,55 @@ def test_references_move_away_from_the_solver_in_order_wording_and_decomposition
                     == own[p.id] for p in PROBLEMS] for kind in REFERENCES}
     assert (all(order["same"]) and all(order["worded"])
             and not any(order["reordered"]) and not any(order["decomposed"]))
-    assert 0.4 < np.mean(order["half"]) < 0.8           # its own order half of the time, else random of six
+    assert 0.3 < np.mean(order["half"]) < 0.7           # its own order half of the time, else random of 720
     assert all("=" in reference(p, "same") and "=" not in reference(p, "worded") for p in PROBLEMS)
-    assert all(len(facts(reference(p, "decomposed"))) == 9 for p in PROBLEMS)
+    assert all(len(facts(reference(p, "decomposed"))) == 3 * len(own[p.id]) for p in PROBLEMS)
 
 
-def test_the_interval_is_the_textbooks_for_one_seed_and_wider_when_seeds_differ():
-    values = np.random.default_rng(1).normal(50, 10, (1, 400))
-    low, high = confidence(values)
-    # 0.98 = 1.96 * 10 / sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - 0.98, values.mean() + 0.98), abs=0.2)
-    low, high = confidence(np.concatenate([values - 20, values, values + 20]))
-    assert high - low > 20
-    # seeds alone: Student's t of two degrees of freedom, 4.30 * sqrt(1 / 3); of one, 12.71 * sqrt(0.5 / 2)
-    three = np.array([[1.0] * 9, [2.0] * 9, [3.0] * 9])
-    assert confidence(three) == pytest.approx((-0.4826, 4.4826), abs=1e-3)
-    assert confidence(np.array([[1.0] * 9, [2.0] * 9])) == pytest.approx((-4.855, 7.855), abs=1e-3)
-    many = np.repeat(np.arange(30.0), 9).reshape(30, 9)
-    assert confidence(many)[0] > 14.5 - 2.27 * 8.81 / 30 ** 0.5
+def test_the_interval_is_the_textbooks_and_not_finite_for_one_seed():
+    # Student's t of two degrees of freedom, 4.30 * sqrt(1 / 3); of one, 12.71 * sqrt(0.5 / 2)
+    assert confidence(np.array([1.0, 2.0, 3.0])) == pytest.approx((-0.4826, 4.4826), abs=1e-3)
+    assert confidence(np.array([1.0, 2.0])) == pytest.approx((-4.855, 7.855), abs=1e-3)
+    assert confidence(np.array([1.0])) == (-np.inf, np.inf)
+    assert confidence(np.arange(30.0))[0] > 14.5 - 2.27 * 8.81 / 30 ** 0.5
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
-def test_intervals_cover_the_truth_as_often_as_they_say(seeds):
-    """Of 200 problems: effects of seed, of problem and of both, as in the runs; a bootstrap of three seeds
-    covered the truth 82 times of 100."""
-    rng, hits = np.random.default_rng(seeds), 0
-    for _ in range(400):
-        values = (3 * rng.normal(size=(seeds, 1)) + 15 * rng.normal(size=(1, 200))
-                  + 10 * rng.normal(size=(seeds, 200)))
-        low, high = confidence(values)
-        hits += low <= 0 <= high
-    assert 0.92 <= hits / 400
+def line(avg, rollouts=32, curve=(4.0, 50.0)):
+    """A run in the ledger, its Maj and Pass the same as its Avg."""
+    rows = [{"step": 10 * i, "avg": value, "rollouts": rollouts * i, "tokens": 1000 * i, "entropy": 0.5,
+             "signal": 0.25} for i, value in enumerate(curve)]
+    return {"test": {f"{name}@12": avg for name in ("avg", "maj", "pass")}, "curve": rows}
 
 
-def stored(folder, avg, rollouts):
-    folder.mkdir(parents=True)
-    means = {f"{name}@12": {"mean": 100 * np.mean(avg)} for name in ("avg", "maj", "pass")}
-    (folder / "test.json").write_text(json.dumps(
-        means | {"values": {"avg": avg}}))
-    rows = [{"step": 1, "rollouts": rollouts, "seconds": 1.0}, {"step": 1, "val_avg@4": 1.0, "seconds": 3.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_the_table_is_made_from_stored_results_to_the_digit(tmp_path):
-    for seed, shift in ((0, 0.0), (1, 0.25)):
-        stored(tmp_path / f"ref-{seed}", [0.25 + shift, 0.5], 32)
-        stored(tmp_path / f"critique-{seed}", [0.5 + shift, 0.75], 32)
-    runs = {name: [tmp_path / f"{name}-0", tmp_path / f"{name}-1"] for name in ("ref", "critique")}
-    result = summary(runs)
-    assert table(result) == table(json.loads(json.dumps(result))) == table(summary(runs))
+def test_the_table_says_what_the_ledger_has():
+    arms = {"ref": [line(37.5), line(50.0)], "critique": [line(62.5), line(75.0)]}
+    text = table(summary(arms))
     # by hand: ref 37.5 and 50, critique 62.5 and 75; sample standard deviation 12.5 / sqrt(2)
-    assert "| ref | 43.8 ± 8.8 | 43.8 ± 8.8 | 43.8 ± 8.8 | 32 |" in table(result)
-    assert "| critique | 68.8 ± 8.8 |" in table(result) and "2 seeds" in table(result)
-    assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in table(result)
-    one = table(summary({name: folders[:1] for name, folders in runs.items()}))
-    assert "| ref | 37.5 ± 0.0 |" in one and "1 seeds" in one and "over problems alone" in one
-    differences = summary(runs | {"again": runs["ref"]})["differences in avg@12"]
-    assert list(differences) == ["critique - ref", "again - ref", "again - critique"]
-    assert differences["again - ref"] == [0, 0, 0] and differences["again - critique"][0] == -25
+    assert "| ref | 43.8 ± 8.8 | 43.8 ± 8.8 | 43.8 ± 8.8 | 32 |" in text
+    assert "| critique | 68.8 ± 8.8 |" in text and "2 seeds" in text
+    assert "| critique - ref | +25.0 | +25.0 to +25.0 |" in text
+    one = table(summary({name: lines[:1] for name, lines in arms.items()}))
+    assert "| ref | 37.5 ± 0.0 |" in one and "1 seeds" in one and "-inf to +inf" in one
+    three = summary(arms | {"again": arms["ref"]})["differences in avg@12"]
+    assert list(three) == ["critique - ref", "again - ref", "again - critique"]
+    assert three["again - ref"] == [0, 0, 0] and three["again - critique"][0] == -25
+    many = summary(arms | {f"more {i}": arms["ref"] for i in range(3)})["differences in avg@12"]
+    assert list(many) == ["critique - ref", "more 0 - ref", "more 1 - ref", "more 2 - ref"]
+
+
+def test_a_curve_has_what_was_spent_until_each_evaluation(tmp_path):
+    """By hand: 8 rollouts a step of 10 and 20 tokens, then 8 of 5."""
+    rows = [{"step": 0, "val_avg@4": 3.0},
+            {"step": 1, "loss": 1.0, "length": 10.0, "rollouts": 8, "entropy": 0.2, "signal": 0.5},
+            {"step": 2, "loss": 1.0, "length": 20.0, "rollouts": 16, "entropy": 0.4, "signal": 1.0},
+            {"step": 2, "val_avg@4": 7.5, "val_length": 9.0},
+            {"step": 3, "loss": 1.0, "length": 5.0, "rollouts": 24, "entropy": 0.1, "signal": 0.0},
+            {"step": 3, "val_avg@4": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_curve(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "avg": 3.0, "rollouts": 0, "tokens": 0},
+        {"step": 2, "avg": 7.5, "rollouts": 16, "tokens": 240, "entropy": 0.3, "signal": 0.75},
+        {"step": 3, "avg": 9.0, "rollouts": 24, "tokens": 280, "entropy": 0.1, "signal": 0.0}]
 
 
 def test_the_figure_shows_what_was_measured():
@@ -124,16 +115,15 @@ def test_the_figure_shows_what_was_measured():
     assert all(f">{name}</text>" in svg for name in ("same", "half", "decomposed", "critique", "grpo"))
 
 
-def test_the_distance_is_the_mean_divergence_of_correct_steps(tmp_path):
+def test_the_distance_is_the_mean_divergence_of_correct_steps():
     """Written out: both prompts, one rollout at a time, the whole trace scored, the tokens then chosen."""
     model, tokenizer = load(EMBEDDED)
     problems, seen = PROBLEMS[:24], []
-    write_problems(tmp_path / "val.jsonl", [replace(p, solution=reference(p, "reordered")) for p in problems])
     with pytest.MonkeyPatch.context() as patch:
         sample = experiment.sample_rollouts
         patch.setattr(experiment, "sample_rollouts",
                       lambda *args: seen.append(sample(*args)) or [replace(r) for r in seen[0]])
-        found = distance(Config("ref", val=str(tmp_path / "val.jsonl")))
+        found = distance(Config("ref"), [replace(p, solution=reference(p, "reordered")) for p in problems])
     total = count = 0
     for p, r in zip(problems, seen[0], strict=True):
         assert isinstance(r, Rollout) and p.id == r.problem.id
@@ -156,90 +146,118 @@ def test_the_distance_is_the_mean_divergence_of_correct_steps(tmp_path):
     assert count > 50 and found == pytest.approx(total / count, rel=1e-4)
 
 
-def test_finished_runs_are_skipped_killed_ones_go_on_and_others_start_afresh(tmp_path, monkeypatch):
-    commands, options = [], ["--cond", "ref", "--seed", "7", "--temperature", "0.9"]
+class Commands:
+    """In place of train.py and eval.py: remembers what was asked, and writes what they would."""
 
-    def run_command(*command):
-        commands.append(list(command))
+    def __init__(self, monkeypatch):
+        self.asked = []
+        monkeypatch.setattr(experiment, "run_command", self)
+
+    def __call__(self, *command):
+        self.asked.append(list(command))
+        folder = Path(command[-1].partition("=")[2]) if command[0] == "train.py" else Path(command[1]).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "val_avg@4": 3.0}) + "\n")
         if command[0] == "eval.py":
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "test.json").write_text(json.dumps({"avg@12": {"mean": 1.0}}))
-    monkeypatch.setattr(experiment, "run_command", run_command)
+            (folder / "test.json").write_text(json.dumps(
+                {f"{name}@12": {"mean": 1.5} for name in ("avg", "maj", "pass")}))
+
+
+def test_killed_runs_go_on_and_others_start_afresh(tmp_path, monkeypatch):
+    commands = Commands(monkeypatch)
+    job = make_job("ref --temperature 0.9", 7, ["--steps", "3"])
     for name, files in (("new", []), ("killed early", ["config.json"]),
-                        ("killed", ["config.json", "state-3.safetensors"])):
-        folder = place(tmp_path / name, Config(cond="ref", seed=7, temperature=0.9))
+                        ("killed", ["config.json", "state-3.safetensors"]), ("measured", ["test.json"])):
+        out = tmp_path / name
+        run(job, tmp_path / "a")                # says which folder it is
+        folder = out / commands.asked[0][-1].partition("=")[2].removeprefix(f"{tmp_path}/a/")
+        folder.mkdir(parents=True)
         for file in files:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text("")
-        assert run(tmp_path / name, options) == folder
-        first, second = commands[-2:]
-        assert second == ["eval.py", str(folder / "best"), f"--test={EMBEDDED}/test.jsonl",
-                          "--temperature=0.9", "--max-new-tokens=80",           # as it was trained
-                          f"--json={folder}/test.json"]
-        fresh = ["train.py", *options, f"--out={folder}"]
-        assert first == (["train.py", f"--resume={folder}"] if name == "killed" else fresh)
-        count = len(commands)
-        assert run(tmp_path / name, options) == folder and len(commands) == count
+            (folder / file).write_text((tmp_path / "a/runs" / folder.name / file).read_text()
+                                       if file == "test.json" else "")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "val_avg@4": 3.0}) + "\n")
+        del commands.asked[1:]
+        found = run(job, out)
+        assert found["test"]["avg@12"] == 1.5 and found["options"]["seed"] == 7
+        train, test = commands.asked[1:] or ([], [])
+        assert test == ([] if name == "measured" else [
+            "eval.py", str(folder / "best"), f"--test={EMBEDDED}/test.jsonl", "--temperature=0.9",
+            "--max-new-tokens=128", f"--json={folder}/test.json"])          # as it was trained
+        fresh = ["train.py", "--cond", "ref", "--temperature", "0.9", "--steps", "3", "--seed=7",
+                 f"--data={EMBEDDED}/train.jsonl", f"--val={EMBEDDED}/val.jsonl", f"--out={folder}"]
+        assert train == {"killed": ["train.py", f"--resume={folder}"], "measured": []}.get(name, fresh)
 
 
-def test_experiments_share_the_runs_whose_options_are_the_same_and_no_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "run_command", lambda *command: pytest.fail(str(command)))
-    made = place(tmp_path, Config(cond="ref", steps=2))
-    stored(made, [0.5], 32)
-    short = ["--cond", "ref", "--seed", "0", "--steps", "2"]
-    for options in (short, [*short, "--teacher", "base"]):                          # base is the default
-        assert run(tmp_path, options) == made
-    for options in (short[:-2], [*short, "--seed", "1"], [*short, "--divergence", "jsd"],
-                    [*short, "--cond", "critique"], [*short, "--data", "a/x", "--val", "v"]):
-        with pytest.raises(pytest.fail.Exception):
-            run(tmp_path, options)
-    one, other = Config(cond="ref", data="a/x", val="v"), Config(cond="ref", data="b/x", val="v")
-    assert place(tmp_path, one) != place(tmp_path, other) == place(tmp_path, replace(one, data="b/x"))
-    monkeypatch.setattr(experiment, "asdict", lambda config: {"an option of another version": 1})
-    with pytest.raises(pytest.fail.Exception):
-        run(tmp_path, short)
+def test_the_ledger_knows_a_run_by_its_options_and_nothing_is_measured_twice(tmp_path, monkeypatch):
+    commands = Commands(monkeypatch)
+    jobs = {arm: [make_job(arm, seed, []) for seed in (0, 1)] for arm in ("ref", "ref --teacher base", "grpo")}
+    ledger = []
+    measure(jobs, ledger, tmp_path, 1)          # base is the default, so the first two are the same
+    assert len(ledger) == 4 and len(commands.asked) == 8
+    stored = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert stored == ledger
+    measure(jobs, stored, tmp_path, 1)
+    assert len(commands.asked) == 8
+    find = lambda arm, seed=0, extra=(): make_job(arm, seed, extra).find(stored)
+    assert find("ref")["options"]["cond"] == "ref" and find("ref", 1)["options"]["seed"] == 1
+    for other in ("critique", "ref --divergence jsd", "ref --products 3", "ref --references same"):
+        assert find(other) is None
+    assert find("ref", 2) is find("ref", 0, ["--steps", "2"]) is None
+    for row in stored:                          # of an earlier version, which lacked an option
+        del row["options"]["clip"]
+    assert find("ref") and find("ref", 0, ["--clip", "2"]) is None
+    monkeypatch.setattr(experiment, "solver_digest", lambda: "another solver")
+    assert find("ref") is None
+
+
+def test_problems_of_another_length_or_with_other_references_are_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def make_problems(folder, model, tokenizer, products):
+        made.append(products)
+        for split in ("train", "val", "test"):
+            write_problems(folder / f"{split}.jsonl", PROBLEMS[:2])
+    monkeypatch.setattr(experiment, "make_problems", make_problems)
+    assert problems_of(make_job("ref", 0, []), tmp_path) == EMBEDDED
+    folder = problems_of(make_job("ref --products 3", 0, []), tmp_path)
+    assert problems_of(make_job("grpo --products 3", 1, []), tmp_path) == folder and made == [3]
+    other = problems_of(make_job("ref --references worded", 0, []), tmp_path)
+    found = read_problems(other / "test.jsonl")
+    assert [p.problem for p in found] == [p.problem for p in embedded("test")] and made == [3]
+    assert [p.solution for p in found] == [reference(p, "worded") for p in embedded("test")]
+
+
+def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_another_has():
+    for arms in ARMS.values():
+        assert len(arms) == len(set(arms)) and all(make_job(arm, 0, []).config for arm in arms)
+    rate = [make_job(arm, 0, []).facts for arm in ARMS["rate"]]
+    horizon = [make_job(arm, 0, []).facts for arm in ARMS["horizon"] if "reverse" not in arm]
+    assert all(facts in rate for facts in horizon)
 
 
 def test_a_failure_starts_nothing_more(tmp_path, monkeypatch, capsys):
     begun = []
 
-    def fails(runs, options):
-        begun.append(options)
+    def fails(job, out):
+        begun.append(job)
         raise UserError("no space")
     monkeypatch.setattr(experiment, "run", fails)
-    monkeypatch.setattr(sys, "argv", ["sd.experiment", "main", "--seeds", "20", "--jobs", "1", "--out",
+    monkeypatch.setattr(sys, "argv", ["sd.experiment", "main", "--fresh", "--jobs", "1", "--out",
                                       str(tmp_path)])
     assert experiment.main() == 2 and "no space" in capsys.readouterr().err and len(begun) <= 3
-
-
-def test_every_experiment_has_options_that_train_py_takes(tmp_path, monkeypatch):
-    for name in experiment.ARMS:
-        options = arms(name, tmp_path, [])
-        assert len(options) == len(experiment.ARMS[name]) >= 3
-        for arm in options.values():
-            parse_config(argparse.ArgumentParser(), arm)
-    made = arms("alignment", tmp_path, ["--steps", "3"])["ref references same"]
-    files = [f"{tmp_path}/data/same-{split}.jsonl" for split in ("train", "val")]
-    assert made == ["--cond", "ref", f"--data={files[0]}", f"--val={files[1]}", "--steps", "3"]
-    for split, file in zip(("train", "val"), files):
-        expected = [replace(p, solution=reference(p, "same")) for p in embedded(split)]
-        assert read_problems(Path(file)) == expected
-    assert list(arms("scale", tmp_path, [])) == [f"{c} model solver-64" for c in ("grpo", "ref", "critique")]
-    full = arms("quoting", tmp_path, [])["critique quoting full"]
-    assert full == ["--cond", "critique", "--quoting", "full"]
 
 
 def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
     wrong = total = 0
     for p in PROBLEMS:
-        (a, b), (c, d), (e, f) = [tuple(map(int, t.split("*"))) for t in p.problem.split(" + ")]
+        (a, b), *rest = [tuple(map(int, t.split("*"))) for t in p.problem.split(" + ")]
         text = f"<step_1> {a}*{b}={a * b + 3} </step_1>"
         r = Rollout(p, [], [], None, False, parse(text), None, 0.0)
         exact, noisy = SymbolicCritic()(r), SymbolicCritic(noise=0.3)(r)
         assert exact.wrong == noisy.wrong == 0
         first, *_ = facts(noisy.text)
         wrong, total = wrong + (first[3] != a * b), total + 1
-        assert parse(noisy.text).answer.text == str(first[3] + c * d + e * f)   # carries the error to the end
+        assert parse(noisy.text).answer.text == str(first[3] + sum(c * d for c, d in rest))    # carries the error to the end
         assert parse(exact.text).answer.text == p.answer
     assert wrong / total == pytest.approx(0.3, abs=0.15)
 

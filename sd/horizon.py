@@ -1,0 +1,195 @@
+"""Where each feedback wins: tables and figures over the number of products of a problem.
+
+They read lines of the ledger (experiment.py), which hold a run's test scores and its curve. `rate`
+chooses the learning rate and the default length by two rules, written down before any test problem
+was looked at:
+- One rate for all: the largest at which no run of 3 to 6 products, in any condition and seed, ends
+  on validation problems below a quarter of the untrained solver's Avg (a collapse).
+- The default length: the shortest at which, at that rate, in each seed, grpo ends on validation
+  below ref, and ref below critique. If there is none, the longest.
+A rate at which grpo collapses is out, so the others are not measured there.
+"""
+import numpy as np
+
+from sd.run.figure import axis, document, interval, line, text, ticks
+
+LENGTHS = range(2, 7)
+RATES = ("4e-4", "8e-4", "1.6e-3")
+EQUAL_RATE = "8e-4"
+OWN_RATE = {2: "8e-4", 3: "8e-4", 4: "8e-4", 5: "8e-4", 6: "8e-4"}     # grpo's best on validation
+CONDS = ("critique", "ref", "grpo")
+COLOURS = {"critique": "orange", "ref": "blue", "grpo": "green"}
+PASSED = (20, 50)       # percent on validation problems
+
+
+def ends(lines: list[dict]) -> np.ndarray:
+    """Validation Avg at the end of each run (S)."""
+    return np.array([line["curve"][-1]["avg"] for line in lines])
+
+
+def mean(lines: list[dict], name: str) -> np.ndarray:
+    """The mean over seeds of a column of the curves (E)."""
+    return np.mean([[row[name] for row in line["curve"]] for line in lines], 0)
+
+
+def rate_table(arms: dict[str, list[dict]]) -> str:
+    """Final validation Avg at each rate, collapses marked; then what the rules choose."""
+    out = ["| products | rate | " + " | ".join(CONDS) + " |", "|---|---|---|---|---|"]
+    stable = list(RATES)
+    for products in LENGTHS:
+        for rate in RATES:
+            cells = []
+            for cond in CONDS:
+                lines = arms.get(f"{cond} --lr {rate} --products {products}")
+                curves = [line["curve"] for line in lines or []]
+                collapsed = sum(curve[-1]["avg"] < curve[0]["avg"] / 4 for curve in curves)
+                note = f" ({collapsed} collapsed)" if collapsed else ""
+                cells.append(f"{ends(lines).mean():.1f}{note}" if lines else "–")
+                if collapsed and products > 2 and rate in stable:
+                    stable.remove(rate)
+            out.append(f"| {products} | {rate} | {' | '.join(cells)} |")
+    chosen = stable[-1] if stable else "none"
+    ordered, own = [], []
+    for products in LENGTHS:
+        critique, ref, grpo = (ends(arms[f"{cond} --lr {EQUAL_RATE} --products {products}"])
+                               for cond in CONDS)
+        if (grpo < ref).all() and (ref < critique).all():
+            ordered.append(str(products))
+        scores = {rate: ends(arms[f"grpo --lr {rate} --products {products}"]).mean()
+                  for rate in RATES}
+        own.append(f"{max(scores, key=scores.get)} at {products}")
+    out += [
+        f"\nValidation Avg@4 after the last step, mean of {len(critique)} seeds.",
+        f"The rate for all, by the rule: {chosen}.",
+        f"In the paper's order in each seed: {', '.join(ordered) or 'no length'}.",
+        f"grpo's own best rate: {', '.join(own)} products."]
+    return "\n".join(out) + "\n"
+
+
+def variants(arms: dict[str, list[dict]]) -> dict[str, dict[int, list[dict]]]:
+    """An arm's name without its length -> length -> lines; grpo's own rate is one variant."""
+    found = {}
+    for arm, lines in arms.items():
+        name, products = arm.split(" --products ")
+        if "--lr" in name:
+            name = "grpo, own rate"
+        name = name.replace(" --divergence", ",")
+        found.setdefault(name, {})[int(products)] = lines
+    return found
+
+
+def horizon_table(arms: dict[str, list[dict]]) -> str:
+    """Test Avg at each length; what it took to pass PASSED; why grpo's signal fades."""
+    found = variants(arms)
+    out = ["| products | untrained | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
+    for products in LENGTHS:
+        start = mean(found["critique"][products], "avg")[0]
+        cells = []
+        for lines in found.values():
+            values = [line["test"]["avg@12"] for line in lines[products]]
+            cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=len(values) > 1):.1f}")
+        out.append(f"| {products} | {start:.1f} | {' | '.join(cells)} |")
+    out.append(f"\nTest Avg@12, mean ± standard deviation over {len(values)} seeds; the untrained\n"
+               "solver's on validation problems.\n")
+    for level in PASSED:
+        out += [f"| passes {level} % | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+        for products in LENGTHS:
+            cells = [passing(lines[products], level) for lines in found.values()]
+            out.append(f"| {products} | {' | '.join(cells)} |")
+        out.append("")
+    out += ["Step, rollouts and sampled tokens at the first evaluation at which the seeds' mean\n"
+            "validation Avg@4 is that high.\n",
+            "| | groups with a signal, first 10 steps | last | entropy, first 10 steps | last |",
+            "|---|---|---|---|---|"]
+    for name in ("grpo", "grpo, own rate"):
+        for products, lines in found[name].items():
+            values = [mean(trained(lines), column)[at] for column in ("signal", "entropy")
+                      for at in (0, -1)]
+            out.append(f"| {name}, {products} | {values[0]:.0%} | {values[1]:.0%} | "
+                       f"{values[2]:.3f} | {values[3]:.3f} |")
+    out.append("\n" + crossing(found))
+    return "\n".join(out) + "\n"
+
+
+def trained(lines: list[dict]) -> list[dict]:
+    """The runs without their first evaluation, before which nothing was sampled."""
+    return [{"curve": line["curve"][1:]} for line in lines]
+
+
+def passing(lines: list[dict], level: float) -> str:
+    """When the mean curve first passes `level`: step / rollouts / tokens."""
+    high = np.flatnonzero(mean(lines, "avg") >= level)
+    if len(high) == 0:
+        return "–"
+    step, rollouts, tokens = (mean(lines, name)[high[0]] for name in ("step", "rollouts", "tokens"))
+    return f"{step:.0f} / {rollouts:,.0f} / {tokens / 1000:,.0f}k"
+
+
+def crossing(found: dict[str, dict[int, list[dict]]]) -> str:
+    """For each seed, the length from which on grpo ends below the others on test problems."""
+    out = []
+    for other in ("ref", "critique"):
+        for name in ("grpo", "grpo, own rate"):
+            starts = []
+            for seed in range(len(found[name][LENGTHS[0]])):
+                scores = [[found[arm][n][seed]["test"]["avg@12"] for n in LENGTHS]
+                          for arm in (name, other)]
+                below = np.less(*scores)
+                first = len(below)
+                while first and below[first - 1]:
+                    first -= 1
+                starts.append(str(LENGTHS[first]) if first < len(below) else "never")
+            out.append(f"{name} ends below {other} from this length on: {', '.join(starts)} products "
+                       "(by seed).")
+    return "\n".join(out)
+
+
+def figure(arms: dict[str, list[dict]]) -> str:
+    """Test Avg@12 against the number of products, an SVG."""
+    x, y = axis(2, 6, 70, 470), axis(0, 100, 300, 40)
+    marks = ticks(y, range(0, 101, 20), 60, 480)
+    marks += [text(x(n), 320, str(n), "middle grey") for n in LENGTHS]
+    labels = []
+    for name, lines in variants(arms).items():
+        colour = COLOURS[name.split(",")[0]]
+        style = colour if name in COLOURS else f"{colour} dashed"
+        points = []
+        for n in LENGTHS:
+            values = [line["test"]["avg@12"] for line in lines[n]]
+            center, half = np.mean(values), np.std(values, ddof=len(values) > 1)
+            points.append((x(n), y(center)))
+            marks.append(interval((x(n), y(center - half)), (x(n), y(center + half)), colour))
+        marks.append(line(points, style))
+        labels.append((points[-1][1] + 4, name, colour))
+    at = 0
+    for height, name, colour in sorted(labels):
+        at = max(height, at + 14)           # labels do not overlap
+        marks.append(text(486, at, name, colour))
+    marks += [text(16, 22, "Avg@12 on test problems after training", "bold"),
+              text(270, 342, "products in a problem", "middle")]
+    return document("Avg@12 after training against the number of products", 620, 356, marks)
+
+
+def curves(arms: dict[str, list[dict]]) -> str:
+    """Validation Avg against steps, rollouts and sampled tokens, a column per length, an SVG."""
+    found = {name: lines for name, lines in variants(arms).items() if name in CONDS}
+    marks = [text(16, 22, "Avg@4 on validation problems during training", "bold")]
+    marks += [text(420 + 80 * i, 22, cond, COLOURS[cond]) for i, cond in enumerate(CONDS)]
+    for i, products in enumerate(LENGTHS):
+        left, right = 44 + 150 * i, 170 + 150 * i
+        marks.append(text(left + 63, 44, f"{products} products", "middle"))
+        for j, name in enumerate(("step", "rollouts", "tokens")):
+            top, bottom = 54 + 150 * j, 154 + 150 * j
+            most = max(mean(lines[products], name)[-1] for lines in found.values())
+            x, y = axis(0, most, left, right), axis(0, 100, bottom, top)
+            for value in (0, 50, 100):
+                marks.append(line([(left, y(value)), (right, y(value))], "grid"))
+                if i == 0:
+                    marks.append(text(left - 6, y(value) + 4, str(value), "end grey"))
+            for cond, lines in found.items():
+                points = zip(map(x, mean(lines[products], name)),
+                             map(y, mean(lines[products], "avg")))
+                marks.append(line(points, COLOURS[cond]))
+            marks += [text(left, bottom + 16, name, "grey"),
+                      text(right, bottom + 16, f"{most:,.0f}", "end grey")]
+    return document("Validation Avg@4 against steps, rollouts and tokens", 800, 500, marks)
