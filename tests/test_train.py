@@ -2,6 +2,7 @@
 import json
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,9 +86,11 @@ def test_three_steps_are_those_of_the_plain_loop(cond, tmp_path, here, data):
         with torch.no_grad():
             for mine, new in zip(teacher.parameters(), student.parameters()):
                 mine.copy_(DECAY * mine + (1 - DECAY) * new)
+        signal = np.mean([a != b, c != d]) if cond == "grpo" else 1      # share of groups that teach something
         logged = numbers[step - 1]
         for name, expected in (("loss", loss.item()), ("grad_norm", norms[-1]),
-                               ("entropy", surprise / tokens), ("reward", rewards.mean().item())):
+                               ("entropy", surprise / tokens), ("reward", rewards.mean().item()),
+                               ("signal", signal)):
             assert logged[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), (step, name)
     assert max(norms) > CLIP                    # the premise: something was cut off
     written = load_file(tmp_path / "run/last/model.safetensors")
