@@ -1,9 +1,9 @@
 """Hugging Face folders <-> model, and the one way this project writes files.
 
 A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their
-index), tokenizer.json. Names and sizes are those of the Hugging Face format, so transformers and
-vLLM open what we write. Loading refuses by name what a config asks for and this model lacks: to
-ignore such an entry would give a wrong model that looks right.
+index), tokenizer.json, and a chat model's template. Names and sizes are those of the Hugging Face
+format, so transformers and vLLM open what we write. Loading refuses by name what a folder asks for
+and we lack: to ignore such an entry would give a wrong model, or a wrong prompt, that looks right.
 """
 import json
 import os
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from sd import UserError
 from sd.llm.model import ModelConfig, RopeScaling, Transformer
-from sd.llm.tokenizer import Tokenizer
+from sd.llm.tokenizer import CONTROL, Tokenizer
 
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -151,6 +151,32 @@ def rope_scaling(rope: dict) -> RopeScaling | None:
     return RopeScaling(*[float(rope[field.name]) for field in fields(RopeScaling)])
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, with what the files beside it say of a chat's turns and the end of a text.
+
+    Raises UserError if one of them is broken, or if no prompt is known for the model.
+    """
+    entries, ends = {}, set()
+    for path in (folder / "config.json", folder / "generation_config.json",
+                 folder / "tokenizer_config.json"):
+        if path.exists():
+            with reading(path):
+                found = json.loads(path.read_bytes())
+                eos = found.get("eos_token_id")
+                ends |= set(eos if isinstance(eos, list) else [eos])
+                entries |= found
+    template = str(entries.get("chat_template") or "")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        with reading(path):
+            template = path.read_text(encoding="utf-8")
+    # it may be an object with the token in it
+    bos = "".join(CONTROL.findall(str(entries.get("bos_token"))))
+    tokenizer = Tokenizer(folder / "tokenizer.json", template, bos)
+    tokenizer.eos += tuple(ends & tokenizer.ids)
+    return tokenizer
+
+
 def load(folder: str | Path, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """Opens a checkpoint folder: the model in `dtype` on `device`, and the tokenizer.
@@ -164,7 +190,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
         # reported of Hopper: PyTorch prefers cuDNN's attention, which prepares for each length
         torch.backends.cuda.enable_cudnn_sdp(False)
     config = read_config(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.json")
+    tokenizer = open_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, "
                         f"the model only {config.vocab_size}")
