@@ -22,8 +22,15 @@ from sd import UserError
 from sd.llm.model import ModelConfig, RopeScaling, Transformer
 from sd.llm.tokenizer import CONTROL, Tokenizer
 
-ARCHITECTURES = ("qwen3", "qwen2", "llama")
-DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+# what an absent entry stands for, as in transformers
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "no_rope_layer_interval": 1e9}
+FAMILIES = {
+    "qwen3": {},
+    "qwen2": {},
+    "llama": {},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "no_rope_layer_interval": 4,
+                "tie_word_embeddings": True},
+}
 LARGEST = {             # what is believed, before any memory is taken for it
     "vocab_size": 4_000_000,
     "hidden_size": 65_536,
@@ -41,7 +48,6 @@ ONLY = {                # with any other value of these entries it is not this m
     "quantization_config": None,
     "use_sliding_window": False,
     "mlp_bias": False,
-    "pretraining_tp": 1,
     "partial_rotary_factor": 1,
 }
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -107,11 +113,12 @@ def read_config(folder: Path) -> ModelConfig:
 def model_config(raw: dict) -> ModelConfig:
     """Raises ValueError about an entry that is not supported, others if `raw` is no config."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}")
     # in this order, as in transformers
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    entries = DEFAULTS | raw | rope
+    entries = DEFAULTS | FAMILIES[family] | raw | rope
+    entries.setdefault("num_key_value_heads", raw["num_attention_heads"])
     if not entries.get("head_dim"):
         entries["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     for name, largest in LARGEST.items():
@@ -130,12 +137,16 @@ def model_config(raw: dict) -> ModelConfig:
     if unequal or entries["head_dim"] % 2:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, "
                          "and head_dim even")
+    layers = range(entries["num_hidden_layers"])
+    rotary = entries.get("no_rope_layers") or [(layer + 1) % entries["no_rope_layer_interval"]
+                                               for layer in layers]
     return ModelConfig(
         **{name: entries[name] for name in LARGEST},
         rope_scaling=rope_scaling(rope),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        tie_word_embeddings=bool(entries.get("tie_word_embeddings")),
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
+        unrotated=tuple(layer for layer in layers if not rotary[layer]),
     )
 
 
