@@ -192,8 +192,9 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """Opens a checkpoint folder: the model in `dtype` on `device`, and the tokenizer.
 
-    Raises UserError if a file is missing or broken, or if a tensor is missing, unexpected or of
-    another shape than config.json says.
+    An id that the tokenizer lacks, as in a padded vocabulary, has the probability 0. Raises
+    UserError if a file is missing or broken, or if a tensor is missing, unexpected, quantised or
+    of another shape than config.json says.
     """
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
@@ -209,9 +210,15 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
     for path in weight_files(folder):
         with reading(path), safe_open(path, "pt") as file:
             for name in file.keys():
-                tensors[name] = file.get_tensor(name).to(device, dtype)
+                if name.endswith("rotary_emb.inv_freq"):        # a buffer that old files hold
+                    continue
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() or tensor.itemsize < 2:
+                    raise ValueError(f"tensor {name[:120]!r} holds {tensor.dtype}; "
+                                     "quantised weights are not supported")
+                tensors[name] = tensor.to(device, dtype)
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        head = tensors.pop("lm_head.weight", tensors.get("model.embed_tokens.weight"))
     with torch.device("meta"):              # shapes without memory
         model = Transformer(config)
     wanted = dict(model.named_parameters())
@@ -222,7 +229,18 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
                             f"{found}, config.json asks for {asked}")
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        embedding = model.model.embed_tokens.weight
+        if not torch.equal(head, embedding):
+            raise UserError(f"{folder / 'config.json'}: tie_word_embeddings is true, but the "
+                            "weights have another lm_head.weight; if it is right, say false")
+        model.lm_head.weight = embedding
+    # As a bias it costs nothing and holds in sampling and in every loss alike. It is finite, since
+    # a divergence multiplies it by a probability of 0, and no parameter, so not trained or saved.
+    bias = model.lm_head.weight.new_full([config.vocab_size], -1e9)
+    bias[list(tokenizer.ids)] = 0
+    if bias.any():
+        del model.lm_head.bias
+        model.lm_head.bias = bias
     return model.requires_grad_(), tokenizer
 
 
