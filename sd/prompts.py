@@ -7,7 +7,8 @@ has a token for each part of a prompt:
     student   <problem> 7*8 + 6*9 <solution>                                    | completion …
     teacher   <problem> 7*8 + 6*9 <critique> <step_1> … </answer> <solution>    | completion …
 
-Chat models (Qwen3, Qwen2.5, SmolLM2) get one ChatML turn; `<think>` only if the model knows it:
+Chat models get one user turn, in ChatML or in Llama 3's format, as their chat template says; a
+thought only if the template has one:
 
     student   <|im_start|>user⏎ problem, instruction <|im_end|>⏎
               <|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎                         | completion …
@@ -37,8 +38,8 @@ THOUGHT = "\nI have read what I was shown. Now I write my own solution, step by 
 def student_prompt(tokenizer: Tokenizer, problem: str) -> list[int]:
     """Token ids of the prompt that shows the problem alone.
 
-    Raises UserError if the tokenizer has neither the embedded solver's prompt tokens nor ChatML's,
-    or if it is the embedded solver's and does not know the problem's characters.
+    Raises UserError if the tokenizer is the embedded solver's and lacks one of its prompt tokens or
+    does not know the problem's characters, or if it lacks a control token of its chat template.
     """
     if tokenizer.chat_model:
         return tokenizer.chat(f"{problem}\n\n{INSTRUCTION}", NO_THOUGHT)

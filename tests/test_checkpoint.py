@@ -15,6 +15,7 @@ from sd import UserError
 from sd.llm.checkpoint import LARGEST, load, read_config, save_model, write_atomic
 from sd.llm.model import RopeScaling
 from sd.llm.sampling import sample
+from sd.losses import log_probs, token_loss
 from sd.problems import EMBEDDED
 
 from tests.test_model import QWEN3, tiny
@@ -27,17 +28,19 @@ PEERS = {       # class, entries beside SIZES, tokens of context
     "Qwen3": ({"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 60),
     "Qwen2": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 60),
     "Llama": ({"head_dim": 12, "rope_parameters": {**LLAMA3, "rope_theta": 500.0}}, 150),
+    "SmolLM3": ({"no_rope_layers": [1, 0, 0], "pad_token_id": 0,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 60),
 }
 PROMPTS = [torch.randint(98, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 1, 5)]
 LIMIT, SEED = 24, 11
 
 
-def peer(family, tied, dtype=torch.float32):
+def peer(family, tied, dtype=torch.float32, **changes):
     """A transformers model with every weight random, norms and biases too."""
     transformers = pytest.importorskip("transformers")
     entries, context = PEERS[family]
     config = getattr(transformers, f"{family}Config")(
-        **SIZES, **entries, max_position_embeddings=256, eos_token_id=None, tie_word_embeddings=tied,
+        **SIZES | entries | changes, max_position_embeddings=256, eos_token_id=None, tie_word_embeddings=tied,
         attn_implementation="eager")
     model, source = getattr(transformers, f"{family}ForCausalLM")(config), torch.Generator().manual_seed(SEED)
     with torch.no_grad():
@@ -117,6 +120,107 @@ def test_bfloat16_weights_are_widened_without_loss_and_saved_as_float32(tmp_path
     assert {str(t.dtype) for t in tensors.values()} == {"torch.float32"}
 
 
+ABSENT = {      # what of a config may be absent, and stands for transformers' default
+    "Llama": ({"num_key_value_heads": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+              ["num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"]),
+    "SmolLM3": ({"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4,
+                 "num_hidden_layers": 5, "no_rope_layers": None,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}},
+                ["num_key_value_heads", "rope_parameters", "no_rope_layers", "no_rope_layer_interval",
+                 "tie_word_embeddings", "layer_types"]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ABSENT)
+def test_absent_entries_mean_what_transformers_takes_them_for(tmp_path, family):
+    """transformers 4 leaves out tie_word_embeddings where it is true, and SmolLM3's are tied by default."""
+    transformers = pytest.importorskip("transformers")
+    changes, absent = ABSENT[family]
+    other, context = peer(family, family == "SmolLM3", **changes | {"rms_norm_eps": 1e-6})
+    folder = edit(save(other, tmp_path / "one"), **dict.fromkeys(absent))
+    assert not set(absent) & json.loads((folder / "config.json").read_text()).keys()
+    ids = torch.randint(98, (2, context), generator=torch.Generator().manual_seed(1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(load(folder)[0](ids), theirs, atol=2e-4, rtol=0)
+    torch.testing.assert_close(other(ids).logits, theirs, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("entries", [{"no_rope_layers": [0, 1, 1, 0]}, {"no_rope_layer_interval": 2},
+                                     {"no_rope_layer_interval": 1}, {"no_rope_layers": [1, 1, 1, 1]}])
+def test_layers_without_rotary_positions_are_those_of_the_config(tmp_path, entries):
+    other, context = peer("SmolLM3", False, num_hidden_layers=4, **{"no_rope_layers": None} | entries)
+    folder = save(other, tmp_path / "one")
+    ids = torch.randint(98, (2, context), generator=torch.Generator().manual_seed(1))
+    expected = other(ids).logits
+    torch.testing.assert_close(load(folder)[0](ids), expected, atol=2e-4, rtol=0)
+    if "no_rope_layer_interval" in entries:         # what transformers writes beside it may be absent
+        edit(folder, no_rope_layers=None)
+        torch.testing.assert_close(load(folder)[0](ids), expected, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(tmp_path):
+    """A vocabulary of 106 over a tokenizer of 98, as Qwen3's of 151,936 over 151,669; here padding dominates.
+
+    It was sampled, decoded to nothing and was trained on.
+    """
+    other, _ = peer("Qwen3", False, vocab_size=106)
+    other.lm_head.weight[98:] *= 9
+    folder, unheard = save(other, tmp_path / "one"), list(range(98, 106))
+    model, tokenizer = load(folder)
+    assert tokenizer.vocab_size == 98
+    ids = torch.randint(98, (2, 60), generator=torch.Generator().manual_seed(1))
+    expected = other(ids).logits
+    assert (expected.argmax(-1) >= 98).float().mean() > 0.5             # the test's own premise
+    torch.testing.assert_close(model(ids)[..., :98], expected[..., :98], atol=2e-4, rtol=0)
+    assert (log_probs(model(ids), 5.0)[..., 98:].exp() == 0).all()
+    settings = dict(max_new_tokens=LIMIT, do_sample=False, pad_token_id=0, suppress_tokens=unheard)
+    alone = [other.generate(torch.tensor([p]), **settings)[0, len(p):].tolist() for p in PROMPTS]
+    assert sample(model, PROMPTS, (99,), LIMIT, temperature=0).completions() == alone
+    drawn = sample(model, PROMPTS, (99,), LIMIT, temperature=5.0, group=8)
+    assert drawn.ids.max() < 98
+    for prompt, row, logprobs in zip([p for p in PROMPTS for _ in range(8)], drawn.ids, drawn.logprobs):
+        logits = other(torch.tensor([prompt + row.tolist()])).logits[0, len(prompt) - 1:-1, :98]
+        of_row = (logits / 5.0).log_softmax(-1).gather(-1, row[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, of_row, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "sampled", "grpo"])
+def test_ids_that_the_tokenizer_lacks_are_not_trained(written, kind, tied):
+    """Every loss is that of a vocabulary without them; their rows of the projection keep their values."""
+    edit(written, tie_word_embeddings=tied)
+    tensors = load_file(written / "model.safetensors")
+    if tied:
+        del tensors["lm_head.weight"]
+    save_file(tensors, written / "model.safetensors")
+    model, _ = load(written)
+    hidden = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(7, 24, generator=torch.Generator().manual_seed(1)) @ model.lm_head.weight.detach().T
+    ids = torch.arange(7)
+    if kind == "grpo":
+        target = known = torch.arange(7.0) - 3
+    else:
+        known, target = target[:, :98], target + model.lm_head.bias
+    loss = token_loss(kind, model.lm_head(hidden), target, ids, 1.1, 0.5)
+    plain = token_loss(kind, hidden @ model.lm_head.weight[:98].T, known, ids, 1.1, 0.5)
+    torch.testing.assert_close(loss, plain)
+    loss.sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    assert (gradient[98:] == 0).all() and gradient[:98].abs().sum() > 0
+    model.zero_grad()
+    plain.sum().backward()
+    torch.testing.assert_close(gradient, model.lm_head.weight.grad)
+    torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0).step()
+    save_model(written.parent / "after", dict(model.named_parameters()), written)
+    after = load_file(written.parent / "after" / "model.safetensors")
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert after.keys() == tensors.keys() and torch.equal(after[name][98:], tensors[name][98:])
+    assert not torch.equal(after[name], tensors[name])
+
+
 # From here on without transformers: config.json by hand.
 OLD = {"model_type": "llama", **SIZES, "max_position_embeddings": 256, "rope_theta": 5e5,
        "torch_dtype": "float32", "rope_scaling": LLAMA3, "hidden_act": "silu", "sliding_window": None,
@@ -160,6 +264,8 @@ REFUSED = {
     "positions per kind of layer": ({"rope_scaling": {"full_attention": LLAMA3}}, "kind of layer"),
     "positions not an object": ({"rope_scaling": "llama3"}, "config.json"),
     "layer types not a list": ({"layer_types": 7}, "layer_types"),
+    "too few layers with or without positions": ({"model_type": "smollm3", "no_rope_layers": [1]}, "config"),
+    "no interval": ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "config.json"),
     "fewer key heads than fit": ({"num_key_value_heads": 4}, "num_key_value_heads"),
     "odd head": ({"head_dim": 7}, "head_dim"),
 }
@@ -191,7 +297,8 @@ def test_any_value_of_any_entry_is_understood_or_refused(tmp_path):
            {"factor": [1]}]
     more, understood = {name: None
                         for name in ("head_dim", "attention_bias", "mlp_bias", "use_sliding_window")}, 0
-    for base in (OLD, NEW | {"model_type": "qwen3"}):
+    smollm3 = NEW | {"model_type": "smollm3", "no_rope_layers": [1, 0], "no_rope_layer_interval": 2}
+    for base in (OLD, NEW | {"model_type": "qwen3"}, smollm3):
         for name in base | more:
             for value in odd:
                 try:
@@ -217,6 +324,42 @@ def written(tmp_path):
     (source / "config.json").write_text(json.dumps({"model_type": "qwen3", **asdict(QWEN3)}))
     save_model(tmp_path / "folder", dict(tiny(QWEN3).named_parameters()), source)
     return tmp_path / "folder"
+
+
+def test_two_projections_that_a_config_ties_are_refused_if_they_differ(written):
+    """The file's lm_head was dropped: another model ran, and nothing said so."""
+    edit(written, tie_word_embeddings=True)
+    with pytest.raises(UserError, match="config.json: tie_word_embeddings.*lm_head.weight"):
+        load(written)
+    tensors = load_file(written / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+              written / "model.safetensors")
+    model, _ = load(written)                    # some tools write both
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, written / "model.safetensors")
+    with pytest.raises(UserError, match="embed_tokens"):
+        load(written)
+
+
+def test_buffers_that_old_files_hold_are_ignored(written):
+    whole, _ = load(written)
+    tensors = load_file(written / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    save_file(tensors, written / "model.safetensors")
+    model, _ = load(written)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool,
+                                   torch.float8_e5m2])
+def test_quantised_weights_are_refused_not_cast(written, dtype):
+    """Their scales lie in other tensors: cast alone they are noise, which ran without a word."""
+    tensors = load_file(written / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(tensors, written / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors.*model\.layers\.1\.mlp\.up_proj\.weight.*quant"):
+        load(written)
 
 
 def test_all_files_of_a_folder_have_the_users_permissions(written):

@@ -11,7 +11,7 @@ from sd.llm.lora import plain_weights
 from sd.llm.model import Cache, ModelConfig, Transformer
 from sd.problems import EMBEDDED
 
-QWEN3 = ModelConfig(vocab_size=98, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+QWEN3 = ModelConfig(vocab_size=106, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                     num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-6,
                     rope_theta=500.0, max_position_embeddings=64, qk_norm=True)     # heads of 10, not 24 / 6
 QWEN2 = replace(QWEN3, qk_norm=False, qkv_bias=True, tie_word_embeddings=True, head_dim=4)

@@ -1,9 +1,9 @@
 """Hugging Face folders <-> model, and the one way this project writes files.
 
 A checkpoint is an ordinary folder: config.json, model.safetensors (or several files and their
-index), tokenizer.json. Names and sizes are those of the Hugging Face format, so transformers and
-vLLM open what we write. Loading refuses by name what a config asks for and this model lacks: to
-ignore such an entry would give a wrong model that looks right.
+index), tokenizer.json, and a chat model's template. Names and sizes are those of the Hugging Face
+format, so transformers and vLLM open what we write. Loading refuses by name what a folder asks for
+and we lack: to ignore such an entry would give a wrong model, or a wrong prompt, that looks right.
 """
 import json
 import os
@@ -20,10 +20,17 @@ from safetensors.torch import save_file
 
 from sd import UserError
 from sd.llm.model import ModelConfig, RopeScaling, Transformer
-from sd.llm.tokenizer import Tokenizer
+from sd.llm.tokenizer import CONTROL, Tokenizer
 
-ARCHITECTURES = ("qwen3", "qwen2", "llama")
-DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+# what an absent entry stands for, as in transformers
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "no_rope_layer_interval": 1e9}
+FAMILIES = {
+    "qwen3": {},
+    "qwen2": {},
+    "llama": {},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "no_rope_layer_interval": 4,
+                "tie_word_embeddings": True},
+}
 LARGEST = {             # what is believed, before any memory is taken for it
     "vocab_size": 4_000_000,
     "hidden_size": 65_536,
@@ -41,7 +48,6 @@ ONLY = {                # with any other value of these entries it is not this m
     "quantization_config": None,
     "use_sliding_window": False,
     "mlp_bias": False,
-    "pretraining_tp": 1,
     "partial_rotary_factor": 1,
 }
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -107,11 +113,12 @@ def read_config(folder: Path) -> ModelConfig:
 def model_config(raw: dict) -> ModelConfig:
     """Raises ValueError about an entry that is not supported, others if `raw` is no config."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}")
     # in this order, as in transformers
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    entries = DEFAULTS | raw | rope
+    entries = DEFAULTS | FAMILIES[family] | raw | rope
+    entries.setdefault("num_key_value_heads", raw["num_attention_heads"])
     if not entries.get("head_dim"):
         entries["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     for name, largest in LARGEST.items():
@@ -130,12 +137,16 @@ def model_config(raw: dict) -> ModelConfig:
     if unequal or entries["head_dim"] % 2:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, "
                          "and head_dim even")
+    layers = range(entries["num_hidden_layers"])
+    rotary = entries.get("no_rope_layers") or [(layer + 1) % entries["no_rope_layer_interval"]
+                                               for layer in layers]
     return ModelConfig(
         **{name: entries[name] for name in LARGEST},
         rope_scaling=rope_scaling(rope),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        tie_word_embeddings=bool(entries.get("tie_word_embeddings")),
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
+        unrotated=tuple(layer for layer in layers if not rotary[layer]),
     )
 
 
@@ -151,12 +162,39 @@ def rope_scaling(rope: dict) -> RopeScaling | None:
     return RopeScaling(*[float(rope[field.name]) for field in fields(RopeScaling)])
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, with what the files beside it say of a chat's turns and the end of a text.
+
+    Raises UserError if one of them is broken, or if no prompt is known for the model.
+    """
+    entries, ends = {}, set()
+    for path in (folder / "config.json", folder / "generation_config.json",
+                 folder / "tokenizer_config.json"):
+        if path.exists():
+            with reading(path):
+                found = json.loads(path.read_bytes())
+                eos = found.get("eos_token_id")
+                ends |= set(eos if isinstance(eos, list) else [eos])
+                entries |= found
+    template = str(entries.get("chat_template") or "")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        with reading(path):
+            template = path.read_text(encoding="utf-8")
+    # it may be an object with the token in it
+    bos = "".join(CONTROL.findall(str(entries.get("bos_token"))))
+    tokenizer = Tokenizer(folder / "tokenizer.json", template, bos)
+    tokenizer.eos += tuple(ends & tokenizer.ids)
+    return tokenizer
+
+
 def load(folder: str | Path, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """Opens a checkpoint folder: the model in `dtype` on `device`, and the tokenizer.
 
-    Raises UserError if a file is missing or broken, or if a tensor is missing, unexpected or of
-    another shape than config.json says.
+    An id that the tokenizer lacks, as in a padded vocabulary, has the probability 0. Raises
+    UserError if a file is missing or broken, or if a tensor is missing, unexpected, quantised or
+    of another shape than config.json says.
     """
     folder, device = Path(folder), torch.device(device)
     if device.type == "cuda":
@@ -164,7 +202,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
         # reported of Hopper: PyTorch prefers cuDNN's attention, which prepares for each length
         torch.backends.cuda.enable_cudnn_sdp(False)
     config = read_config(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.json")
+    tokenizer = open_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, "
                         f"the model only {config.vocab_size}")
@@ -172,9 +210,15 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
     for path in weight_files(folder):
         with reading(path), safe_open(path, "pt") as file:
             for name in file.keys():
-                tensors[name] = file.get_tensor(name).to(device, dtype)
+                if name.endswith("rotary_emb.inv_freq"):        # a buffer that old files hold
+                    continue
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() or tensor.itemsize < 2:
+                    raise ValueError(f"tensor {name[:120]!r} holds {tensor.dtype}; "
+                                     "quantised weights are not supported")
+                tensors[name] = tensor.to(device, dtype)
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        head = tensors.pop("lm_head.weight", tensors.get("model.embed_tokens.weight"))
     with torch.device("meta"):              # shapes without memory
         model = Transformer(config)
     wanted = dict(model.named_parameters())
@@ -185,7 +229,18 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
                             f"{found}, config.json asks for {asked}")
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        embedding = model.model.embed_tokens.weight
+        if not torch.equal(head, embedding):
+            raise UserError(f"{folder / 'config.json'}: tie_word_embeddings is true, but the "
+                            "weights have another lm_head.weight; if it is right, say false")
+        model.lm_head.weight = embedding
+    # As a bias it costs nothing and holds in sampling and in every loss alike. It is finite, since
+    # a divergence multiplies it by a probability of 0, and no parameter, so not trained or saved.
+    bias = model.lm_head.weight.new_full([config.vocab_size], -1e9)
+    bias[list(tokenizer.ids)] = 0
+    if bias.any():
+        del model.lm_head.bias
+        model.lm_head.bias = bias
     return model.requires_grad_(), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""A decoder-only transformer for Qwen3, Qwen2 and Llama checkpoints; names as in the checkpoint.
+"""A decoder-only transformer for Qwen3, Qwen2, Llama and SmolLM3; names as in the checkpoint.
 
 Read it top to bottom: RMSNorm, rotary positions, the key/value cache, grouped-query attention,
 SwiGLU, the block, the model. Simplified on purpose: one attention path (PyTorch's
@@ -51,6 +51,7 @@ class ModelConfig:
     qk_norm: bool = False       # Qwen3: RMSNorm on each head's queries and keys
     qkv_bias: bool = False      # Qwen2: bias on the q, k, v projections
     rope_scaling: RopeScaling | None = None
+    unrotated: tuple[int, ...] = ()     # SmolLM3: layers without rotary positions
 
 
 class RMSNorm(nn.Module):
@@ -141,15 +142,14 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C): whole sequences, or with a `slot` one new token a row."""
         B, T, _ = x.shape
         D = self.config.head_dim
-        q = self.q_proj(x).view(B, T, -1, D)                        # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, D)                        # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, D)                        # (B, T, K, D)
+        q, k, v = [linear(x).view(B, T, -1, D).transpose(1, 2)      # (B, H, T, D), k and v
+                   for linear in (self.q_proj, self.k_proj, self.v_proj)]       # (B, K, T, D)
         if self.config.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos, sin)                     # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), cos, sin)                     # (B, K, T, D)
-        v = v.transpose(1, 2)                                       # (B, K, T, D)
+        if layer not in self.config.unrotated:
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
         if slot is None:
             if cache:
                 cache.k[layer][:, :, :T] = k
