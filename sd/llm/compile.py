@@ -10,7 +10,6 @@ a whole and for all sizes at once, and a backend of our own captures what was tr
 place. Nothing is compiled with Triton.
 """
 import gc
-import math
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -103,12 +102,9 @@ def decode_step(model: Transformer, cache: Cache, compile: bool) -> Callable[...
     """`next_logits` as a function of (ids, positions, slots), while the cache keeps its rows."""
     if not compile:
         return partial(next_logits, model, cache)
-    step = traced(next_logits)
+    step = partial(traced(next_logits), model, cache)
     most = cache.k[0].size(2)
-
-    def rounded(ids, positions, slots):
-        return step(model, cache, ids, positions, min(math.ceil(slots / SLOTS) * SLOTS, most))
-    return rounded
+    return lambda ids, positions, slots: step(ids, positions, min(slots + -slots % SLOTS, most))
 
 
 @cache
@@ -123,9 +119,7 @@ def compiled(token_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def padded(kind, logits, target, ids, temperature, beta):
         m = len(ids)
         extra = max(ROWS, 2 ** (m - 1).bit_length()) - m
-        inputs = []
-        for x in (logits, target, ids):
-            inputs.append(F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)))
+        inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)) for x in (logits, target, ids)]
         return loss(kind, *inputs, temperature, beta)[:m]
     return padded
 
