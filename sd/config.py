@@ -82,7 +82,7 @@ class Config:
     micro_batch: int = option(64, "rollouts scored at once")
     sample_batch: int = option(512, "rollouts sampled at once")
     recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
-    compile: bool = option(False, "on CUDA: decode with CUDA graphs and compile the loss")
+    compile: bool = option(False, "on CUDA: decode step and loss as CUDA graphs")
     eval_every: int = option(
         10, "steps between evaluations",
         group="evaluation on validation problems, which chooses best/")

@@ -2,6 +2,8 @@
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import sd.llm.compile
 import sd.llm.sampling
 from sd import UserError, losses
-from sd.llm.compile import Captured, Packed, check_compile, compiled, next_logits, prepared
+from sd.llm.compile import Packed, check_compile, compiled, decode_step, next_logits, prepared
 from sd.llm.lora import add_lora, switch_off
 from sd.llm.model import Cache, ModelConfig, Transformer
 from sd.llm.sampling import CHECK_EVERY, draw, sample, uniforms
@@ -29,6 +31,7 @@ PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator
            for n in (2, 9, 1, 5, 12)]
 LOSSES = ["grpo", "forward", "reverse", "jsd", "sampled"]
 OPTIONS = (1.2, 0.3)        # temperature, beta
+WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,64 @@ def sampled(model, compile=False, plain=False):
 def assert_same(one, other):
     assert one.completions() == other.completions()
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is traced yet."""
+    torch._dynamo.reset()
+    compiled.cache_clear()
+
+
+class CpuGraph:
+    """A CUDA graph on a CPU: it records operations with their tensors, and replays these at these addresses."""
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Capturing(TorchDispatchMode):
+    """torch.cuda.graph"""
+
+    def __init__(self, graph, pool):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in WAITING
+        out = function(*args, **(kwargs or {}))
+        bare = lambda t: t.detach() if isinstance(t, torch.Tensor) else t
+        self.graph.calls.append(tree_map(bare, (function, args, kwargs or {}, out)))
+        return out
+
+
+@pytest.fixture
+def graphs(fresh, monkeypatch):
+    """The path of CUDA on a CPU; all graphs that have been captured."""
+    made, backend = [], sd.llm.compile.cuda_graphs
+
+    def graph():
+        made.append(weakref.ref(one := CpuGraph()))
+        return one
+
+    def as_on_cuda(trace, examples):
+        with FakeTensorMode():
+            return backend(trace, [torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                                    if isinstance(x, torch.Tensor) else x for x in examples])
+    monkeypatch.setattr(sd.llm.compile, "cuda_graphs", as_on_cuda)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: (0, 0))
+    for name in ("synchronize", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return made
 
 
 @pytest.fixture
@@ -123,38 +184,20 @@ def test_packed_weights_keep_the_adapter_and_its_switch(on, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_compiled_loss_has_the_same_values_and_gradients_for_any_number_of_rows(name):
-    torch._dynamo.reset()
-    for rows in (1, 32, 33, 5):
-        compare(compiled(losses.token_loss), name, rows)    # that backend leaves CPU tensors as they are
-
-
-def test_no_number_of_rows_is_one_too_many_to_compile():
-    """Nine powers of two were more than torch.compile allows, and the run ended at the first lone row."""
-    torch._dynamo.reset()
-    for rows in (*(2 ** i + 1 for i in range(4, 13)), 1):
-        compare(compiled(losses.token_loss), "grpo", rows)
+def test_a_loss_is_traced_once_for_any_number_of_rows_with_equal_values_and_gradients(name, fresh):
+    loss = compiled(losses.token_loss)
+    compare(loss, name, 5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (1, 32, 33, *(2 ** i + 1 for i in range(6, 13))):
+            compare(loss, name, rows)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_loss_is_one_graph_of_tensors_alone_for_all_rows_up_to_a_power_of_two(name, monkeypatch):
-    """A number as an input would be a tensor on the CPU, and nothing would be captured on CUDA."""
-    torch._dynamo.reset()
-    graphs, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append([tuple(x.shape) for x in inputs])
-        return graph.forward
-
-    def recording(function, **options):
-        assert options.pop("backend") == "cudagraphs" and options["fullgraph"]
-        return compile(function, backend=backend, **options)
-    monkeypatch.setattr(torch, "compile", recording)
-    loss = compiled.__wrapped__(losses.token_loss)
+def test_a_captured_loss_is_one_cuda_graph_each_way_up_to_a_power_of_two(name, graphs):
+    loss = compiled(losses.token_loss)
     for rows in (1, 5, 32, 33, 64, 17, 60):
         compare(loss, name, rows)
-    shapes = [(9,), () if name == "grpo" else (9,), ()][:3 if name in ("grpo", "sampled") else 2]
-    assert graphs == [[(rows, *shape) for shape in shapes] for rows in (32, 64)]
+    assert len(graphs) == 4
 
 
 def compare(loss, name, rows):
@@ -170,31 +213,74 @@ def compare(loss, name, rows):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-class Replayed(Captured):
-    """A CUDA graph on a CPU: the same operations on the same buffers, for one number of rows and of slots."""
-    made = []
-
-    def capture(self, slots):
-        run = lambda: next_logits(self.model, self.cache, self.ids, self.positions, slots)
-        logits, where = run(), self.cache.k[0].data_ptr()
-
-        class Graph:
-            def replay(graph):
-                assert self.cache.k[0].data_ptr() == where, "replayed on a cache that is gone"
-                logits.copy_(run())
-        self.made.append((len(self.ids), slots))
-        return Graph(), logits
-
-
-def test_captured_steps_are_made_anew_for_fewer_rows_or_more_slots_only(model, monkeypatch):
-    plain = sampled(model, plain=True)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_decode_step_is_traced_once_for_all_lengths_rows_and_weights(adapted, fresh, monkeypatch):
     monkeypatch.setattr(sd.llm.compile, "SLOTS", 16)
-    monkeypatch.setattr(sd.llm.compile, "Captured", Replayed)
-    Replayed.made.clear()
-    assert_same(sampled(model, compile=True), plain)
-    rows, slots = zip(*Replayed.made)
-    assert rows[0] == 10 > rows[-1] and set(slots) == {16, 32, 36}          # 36: the whole cache
-    assert len(Replayed.made) == len(set(Replayed.made)) < LIMIT / 3
+    first, other = (with_adapter(tiny(CONFIG)) if adapted else tiny(CONFIG) for _ in range(2))
+    sample(first, [[1], [2]], (), 2, compile=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for model, prompts, tokens in ((first, PROMPTS, 24), (other, PROMPTS[1:3], 40), (other, PROMPTS * 3, 9)):
+            inputs = model, prompts, (), tokens, 0.7, 2
+            assert_same(sample(*inputs, compile=True), sample(*inputs))
+
+
+def test_one_row_alone_has_a_trace_of_its_own(model, fresh):
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        assert_same(sample(model, prompts, EOS, LIMIT, compile=True), sample(model, prompts, EOS, LIMIT))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompts in (PROMPTS[1:], PROMPTS[-1:]):
+            sample(model, prompts, EOS, LIMIT, compile=True)
+
+
+def test_cuda_graphs_sample_the_same_rollouts_and_are_few(graphs, monkeypatch):
+    """One is captured for fewer rows, more slots or other addresses; its second half, a backward pass, is empty."""
+    monkeypatch.setattr(sd.llm.compile, "SLOTS", 16)
+    model = tiny(CONFIG)
+    for _ in range(2):
+        plain = sampled(model, plain=True)
+        assert len(set((plain.lengths / CHECK_EVERY).ceil().tolist())) > 1      # so rows are dropped on the way
+        assert_same(sampled(model, compile=True), plain)
+        for p in model.parameters():        # a step of training: other weights at the same addresses
+            p.mul_(1.1)
+    assert 2 * 2 * 3 <= len(graphs) < 2 * 2 * LIMIT / 3
+
+
+def test_cuda_graphs_read_weights_and_cache_in_place(model, graphs, monkeypatch):
+    """Only ids and positions are copied, into buffers of the graph's own: the caller's stay as they are."""
+    copied, make = [], torch.cuda.make_graphed_callables
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables",
+                        lambda function, buffers: copied.extend(buffers) or make(function, buffers))
+    with torch.inference_mode():
+        cache, other = (Cache(CONFIG, 3, 9, model.lm_head.weight) for _ in range(2))
+        step, at = decode_step(model, cache, True), torch.tensor([0, 1, 2])
+        given = []
+        for ids in torch.randint(40, (4, 3)):
+            torch.testing.assert_close(step(ids, at, 4), next_logits(model, other, ids, at, 9))
+            assert all(map(torch.equal, cache.k + cache.v, other.k + other.v))
+            given.append((ids, at, ids.clone(), at.clone()))
+            at = at + 1
+    assert all(torch.equal(a, c) and torch.equal(b, d) for a, b, c, d in given)
+    assert [t.dtype for t in copied] == [torch.long] * 2
+
+
+def test_no_more_than_a_few_cuda_graphs_stay_in_memory(model, graphs, monkeypatch):
+    monkeypatch.setattr(sd.llm.compile, "GRAPHS", 3)
+    with torch.inference_mode():
+        for slots in range(5, 16):
+            step = decode_step(model, Cache(CONFIG, 3, slots, model.lm_head.weight), True)
+            step(torch.ones(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), 1)
+            assert sum(graph() is not None for graph in graphs) <= 2 * 3
+
+
+def test_a_cuda_graph_does_not_keep_the_cache_that_it_reads(model, graphs, monkeypatch):
+    """Else there would be two caches while rows are dropped."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())     # records no tensors
+    with torch.inference_mode():
+        cache = Cache(CONFIG, 3, 9, model.lm_head.weight)
+        decode_step(model, cache, True)(torch.ones(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), 1)
+        layer = weakref.ref(cache.k[0])
+        cache.select(torch.tensor([0, 2]))
+    assert layer() is None and graphs[0]() is not None
 
 
 class OnCuda(Interpreter):
@@ -208,7 +294,7 @@ class OnCuda(Interpreter):
         out = super().call_function(target, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
         assert all(t.device.type == "cuda" and all(type(n) is int for n in t.shape) for t in tensors), target
-        assert target not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert target not in WAITING
         return out
 
 
@@ -256,7 +342,7 @@ def test_sampling_waits_for_the_device_once_in_a_while_and_not_per_token(model):
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            self.count += func in WAITING
             return func(*args, **(kwargs or {}))
     counts = []
     for tokens in (CHECK_EVERY, 5 * CHECK_EVERY):
@@ -267,10 +353,12 @@ def test_sampling_waits_for_the_device_once_in_a_while_and_not_per_token(model):
 
 
 def ahead(tmp_path):
-    """A loss compiled in a process where something named triton could be imported, and would leave a mark."""
+    """Decode step and loss compiled in a process where something named triton could be imported, and would leave a mark."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     code = ("import sys, torch; from sd import losses; from sd.llm.compile import compiled; "
+            "from tests.test_compile import CONFIG, sample, tiny; "
+            "sample(tiny(CONFIG), [[1], [2]], (), 2, compile=True); "
             "x, ids = torch.zeros(2, 5, requires_grad=True), torch.zeros(2).long(); "
             "compiled(losses.token_loss)('forward', x, x.detach(), ids, 1.0, 0.5).sum().backward(); "
             "sys.exit(sys.modules.get('triton') is not None)")

@@ -119,7 +119,7 @@ def test_the_seed_decides_the_samples(model):
 
 
 def test_a_rollout_does_not_depend_on_the_others_in_its_batch(model):
-    """So one process and two, or another memory limit, train on the same rollouts."""
+    """So one process and two, or another memory limit, train on the same rollouts; here rounding decides nothing."""
     noise = uniforms(20, LIMIT, 7)
     together = sample(model, PROMPTS, EOS, LIMIT, 1.2, 2, noise).completions()
     apart = [sample(model, PROMPTS[i:i + 3], EOS, LIMIT, 1.2, 2, noise[2 * i:2 * i + 6]).completions()

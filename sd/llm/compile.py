@@ -1,31 +1,32 @@
-"""Where things are sped up without changing them: packed weights, CUDA graphs, a fused loss.
+"""Where things are sped up without changing them: packed weights, CUDA graphs.
 
     device  sampling, always                           with --compile, in addition
     cpu     adapters cast once, a large model packed   nothing, so it is refused
-    cuda    adapters cast once                         decode: CUDA graphs; loss: torch.compile
+    cuda    adapters cast once                         the decode step and the loss as CUDA graphs
 
-Every number stays the same to rounding. The loss goes through torch.compile's "cudagraphs" backend,
-so nothing is compiled with Triton.
-
-Simplified: that backend treats no input as static. For the decode step it would copy all weights at
-every token and refuse a cache that is written in place. So the decode step is captured by hand,
-anew in each sampling call.
+Every number stays the same to rounding. torch.compile traces the decode step and the loss, each as
+a whole and for all sizes at once, and a backend of our own captures what was traced. PyTorch's
+"cudagraphs" backend would copy all weights at every token and refuse a cache that is written in
+place. Nothing is compiled with Triton.
 """
-import math
+import gc
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sd import UserError
 from sd.llm.lora import LoRALinear
 from sd.llm.model import Cache, Transformer
 
 SLOTS = 256             # a captured step reads cache slots up to the next multiple of this
-ROWS = 32               # the loss is compiled for this many rows, and for each larger power of two
+GRAPHS = 8              # kept of each traced function; then all are dropped
+ROWS = 32               # the loss is captured for this many rows, and for each larger power of two
 PACK_TOKENS = 16        # with fewer it does not pay: packing costs about two decode steps
 PACK_WEIGHTS = 2 ** 23  # a smaller model stays in the CPU's cache, packed or not
 
@@ -99,64 +100,67 @@ def next_logits(model: Transformer, cache: Cache, ids: Tensor, positions: Tensor
 
 def decode_step(model: Transformer, cache: Cache, compile: bool) -> Callable[..., Tensor]:
     """`next_logits` as a function of (ids, positions, slots), while the cache keeps its rows."""
-    if compile:
-        return Captured(model, cache)
-    return partial(next_logits, model, cache)
-
-
-class Captured:
-    """The decode step as CUDA graphs: one launch per token instead of hundreds.
-
-    A graph replays the same kernels on the same addresses, so it is valid for one number of slots.
-    All graphs share their memory: a step's logits have been read before the next is replayed.
-    """
-
-    def __init__(self, model: Transformer, cache: Cache):
-        self.model = model
-        self.cache = cache
-        rows, _, self.slots, _ = cache.k[0].shape
-        self.ids = torch.zeros(rows, dtype=torch.long, device=cache.k[0].device)
-        self.positions = torch.zeros_like(self.ids)
-        self.graphs = {}        # number of slots -> graph and its logits
-        self.pool = None
-
-    def __call__(self, ids: Tensor, positions: Tensor, slots: int) -> Tensor:
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
-        slots = min(math.ceil(slots / SLOTS) * SLOTS, self.slots)
-        if slots not in self.graphs:
-            self.graphs[slots] = self.capture(slots)
-        graph, logits = self.graphs[slots]
-        graph.replay()
-        return logits
-
-    def capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        step = partial(next_logits, self.model, self.cache, self.ids, self.positions, slots)
-        step()      # initialises libraries; that a slot is written twice does no harm
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool):
-            logits = step()
-        self.pool = graph.pool()
-        return graph, logits
+    if not compile:
+        return partial(next_logits, model, cache)
+    step = partial(traced(next_logits), model, cache)
+    most = cache.k[0].size(2)
+    return lambda ids, positions, slots: step(ids, positions, min(slots + -slots % SLOTS, most))
 
 
 @cache
 def compiled(token_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`losses.token_loss` as one CUDA graph per number of rows, for any number of tokens (m).
+    """`losses.token_loss` as CUDA graphs, one per number of rows, for any number of tokens (m).
 
-    Inputs are padded with zeros to a power of two, so that few sizes are compiled. The padding is
+    Inputs are padded with zeros to a power of two, so that few sizes are captured. The padding is
     removed from the result and carries no gradient.
     """
-    sys.modules.setdefault("triton", None)      # makes `import triton` fail where it is installed
-    torch._dynamo.config.recompile_limit = 128  # powers of two, for each kind
-    fused = torch.compile(token_loss, backend="cudagraphs", fullgraph=True, dynamic=False)
+    loss = traced(token_loss)
 
     def padded(kind, logits, target, ids, temperature, beta):
         m = len(ids)
-        extra = max(ROWS, 2 ** math.ceil(math.log2(m))) - m
-        inputs = []
-        for x in (logits, target, ids):
-            zeros = x.new_zeros(extra, *x.shape[1:])
-            inputs.append(torch.cat([x, zeros]))
-        return fused(kind, *inputs, temperature, beta)[:m]
+        extra = max(ROWS, 2 ** (m - 1).bit_length()) - m
+        inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)) for x in (logits, target, ids)]
+        return loss(kind, *inputs, temperature, beta)[:m]
     return padded
+
+
+def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` through torch.compile: one trace without a break serves all sizes above 1."""
+    sys.modules.setdefault("triton", None)      # makes `import triton` fail where it is installed
+    # else a number such as RMSNorm's epsilon is an input: a tensor on the CPU
+    torch._dynamo.config.specialize_float = True
+    # else sizes that happen to be equal in the first call have to stay equal
+    torch.fx.experimental._config.use_duck_shape = False
+    return torch.compile(function, backend=cuda_graphs, fullgraph=True, dynamic=True)
+
+
+def cuda_graphs(trace: GraphModule, examples: list) -> Callable[..., tuple[Tensor]]:
+    """Our backend of torch.compile: CUDA graphs of what was traced, or without CUDA just that.
+
+    A CUDA graph is one launch instead of hundreds, with its backward pass one more. It replays the
+    same kernels on the same addresses, so there is one per size. While sampling it reads weights
+    and cache where they are, and only ids and positions are copied in; once the weights or the
+    cache have moved, another is captured. For the loss every tensor is copied.
+    """
+    if not any(isinstance(x, Tensor) and x.is_cuda for x in examples):
+        return trace.forward
+    copied = [i for i, x in enumerate(examples)
+              if isinstance(x, Tensor) and (torch.is_grad_enabled() or not x.is_floating_point())]
+    graphs = {}         # sizes and addresses -> a graph, as a function of what is copied
+
+    def replay(*inputs):
+        key = tuple(x.data_ptr() if isinstance(x, Tensor) else x
+                    for i, x in enumerate(inputs) if i not in copied)
+        new = [inputs[i] for i in copied]
+        if key not in graphs:
+            def function(*tensors):
+                values = dict(enumerate(inputs)) | dict(zip(copied, tensors))
+                return trace(*values.values())
+
+            if len(graphs) == GRAPHS:
+                graphs.clear()
+                gc.collect()        # PyTorch keeps each in a circle of references
+            buffers = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in new)
+            graphs[key] = torch.cuda.make_graphed_callables(function, buffers)
+        return graphs[key](*new)
+    return replay

@@ -9,8 +9,9 @@ loss relies on.
 
 All randomness is one uniform number per rollout and token, drawn beforehand from a seed. A rollout
 therefore does not depend on the others in its batch, on the number of processes or on the device,
-except for rounding (which is coarse in bfloat16: there some rollouts in a hundred part ways). A
-resumed run needs no generator state.
+except for rounding. With a small vocabulary in float32 that is never seen. With 49,152 tokens, one
+rollout in ten parts ways with itself in a batch of another size: rounding shifts the cumulative
+distribution, and so the borders of all tokens. A resumed run needs no generator state.
 
 Letters: P prompts, N = P * group rollouts, R rows of the shrinking batch, T = max_new_tokens, V
 vocabulary.

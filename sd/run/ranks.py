@@ -3,8 +3,9 @@
 Plain data parallelism over collective operations, no wrapper around the model: every rank holds the
 same weights, samples and scores its share of the problems, gradients are summed, and every rank
 takes the same step. Random numbers are made per rollout (`sampling.uniforms`), so N ranks train on
-the same rollouts as one process would. Only rank 0 writes files and progress. Without torchrun all
-of this does nothing. Rows travel between ranks as JSON: no pickle.
+the same rollouts as one process would, but for rounding (see sampling.py). Only rank 0 writes files
+and progress. Without torchrun all of this does nothing. Rows travel between ranks as JSON: no
+pickle.
 """
 import json
 import os
