@@ -2,10 +2,13 @@
 import re
 from xml.etree import ElementTree
 
+import numpy as np
+
 from sd import horizon
 from sd.config import Config
-from sd.experiment import ARMS
-from sd.horizon import LENGTHS, RATES, crossing, curves, figure, horizon_table, passing, rate_table, variants
+from sd.experiment import ARMS, LEDGER, METRICS, ROOT, make_job
+from sd.horizon import CONDS, LENGTHS, RATES, crossing, curves, figure, horizon_table, passing, rate_table, variants
+from sd.report import read_rows
 from tests.test_experiment import line
 
 
@@ -82,3 +85,21 @@ def test_the_figures_show_every_arm_at_every_length():
 
 def test_the_default_rate_is_the_one_chosen():
     assert Config.lr == float(horizon.EQUAL_RATE)
+
+
+def test_the_published_numbers_are_those_of_the_ledger():
+    """The tables of README and RESULTS.md, worked out anew from the shipped ledger."""
+    ledger, pages = list(read_rows(LEDGER)), {}
+    for name in ("README.md", "sd/RESULTS.md"):
+        pages[name] = (ROOT / name).read_text(encoding="utf-8")
+
+    def cells(arm, seeds, metrics):
+        lines = [make_job(arm, seed, []).find(ledger) for seed in range(seeds)]
+        values = {metric: [found["test"][metric] for found in lines] for metric in metrics}
+        return " | ".join(f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" for v in values.values())
+
+    for cond in CONDS:
+        assert f"| `{cond}` | {cells(cond, 5, METRICS)} | " in pages["README.md"]
+    for n in LENGTHS:
+        row = " | ".join(cells(f"{cond} --products {n}", 3, METRICS[:1]) for cond in CONDS)
+        assert re.search(rf"\| {n} \| [\d.]+ \| {re.escape(row)} \|", pages["sd/RESULTS.md"])
