@@ -83,7 +83,8 @@ ARMS = {
         "critique --critic-noise 0.25",
         "critique --critic-noise 0.5",
         "ref"]}
-OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume"}
+OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--products",
+       "--references"}
 METRICS = ("avg@12", "maj@12", "pass@12")
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "sd/ledger.jsonl"
@@ -110,11 +111,11 @@ class Job:
     def find(self, ledger: list[dict]) -> dict | None:
         """The ledger's line of this run. An option that is newer than a line had its default."""
         wanted, defaults = self.facts, options_of(Config())
-        for line in ledger:
-            facts = {name: line[name] for name in wanted}
-            facts["options"] = defaults | line["options"]
+        for row in ledger:
+            facts = {name: row[name] for name in wanted}
+            facts["options"] = defaults | row["options"]
             if facts == wanted:
-                return line
+                return row
         return None
 
 
@@ -348,8 +349,10 @@ def main(parser: argparse.ArgumentParser) -> None:
                         help="measure anew what sd/ledger.jsonl has already")
     args, extra = parser.parse_known_args()     # the rest goes to train.py
     names = list(ARMS) if args.name == "all" else [args.name]
+    arms = " ".join(arm for name in names for arm in ARMS[name])
     for word in extra:
-        if word.split("=")[0] in {*OWN, *" ".join(map(" ".join, map(ARMS.get, names))).split()}:
+        flag = word.split("=")[0]
+        if flag in OWN or flag.startswith("--") and flag in arms.split():
             parser.error(f"{word} is the experiment's own; leave it out (--seeds says how many)")
     out = args.out.resolve()
     for name in names:

@@ -89,10 +89,11 @@ def horizon_table(arms: dict[str, list[dict]]) -> str:
             values = [line["test"]["avg@12"] for line in lines[products]]
             cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=len(values) > 1):.1f}")
         out.append(f"| {products} | {start:.1f} | {' | '.join(cells)} |")
-    out.append(f"\nTest Avg@12, mean ± standard deviation over {len(values)} seeds; the untrained\n"
-               "solver's on validation problems.\n")
+    out.append(f"\nTest Avg@12, mean ± standard deviation over {len(values)} seeds; the\n"
+               "untrained solver's on validation problems.\n")
     for level in PASSED:
-        out += [f"| passes {level} % | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+        out += [f"| passes {level} % | " + " | ".join(found) + " |",
+                "|---" * (len(found) + 1) + "|"]
         for products in LENGTHS:
             cells = [passing(lines[products], level) for lines in found.values()]
             out.append(f"| {products} | {' | '.join(cells)} |")
@@ -139,8 +140,8 @@ def crossing(found: dict[str, dict[int, list[dict]]]) -> str:
                 while first and below[first - 1]:
                     first -= 1
                 starts.append(str(LENGTHS[first]) if first < len(below) else "never")
-            out.append(f"{name} ends below {other} from this length on: {', '.join(starts)} products "
-                       "(by seed).")
+            out.append(f"{name} ends below {other} from this length on: {', '.join(starts)} "
+                       "products (by seed).")
     return "\n".join(out)
 
 

@@ -265,11 +265,20 @@ def test_a_noisy_critic_is_wrong_as_often_as_asked_and_goes_on_consistently():
 def test_an_option_that_the_experiment_sets_itself_is_refused(monkeypatch, capsys, tmp_path):
     """`--seed 7` for `--seeds 7` went on to every run, and the table told of seven seeds without any spread.
     A model of one's own was trained, and tested on the embedded problems."""
-    for option, *value in ("--seed", "7"), ("--model", "mine"), ("--seed=7",):
+    for option, *value in ("--seed", "7"), ("--model", "mine"), ("--seed=7",), ("--products", "3"):
         monkeypatch.setattr(sys, "argv", ["sd.experiment", "quoting", option, *value, "--out", str(tmp_path)])
         with pytest.raises(SystemExit):
             experiment.main()
         assert f"{option} is the experiment's own" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_number_that_an_arm_has_too_is_no_option(monkeypatch, tmp_path):
+    """`horizon --steps 6` was refused, since its arms have --products 6."""
+    seen = []
+    monkeypatch.setattr(experiment, "measure", lambda jobs, *rest: seen.extend(jobs))
+    monkeypatch.setattr(experiment, "publish", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", ["sd.experiment", "horizon", "--steps", "6", "--out", str(tmp_path)])
+    assert experiment.main() == 0 and len(seen) == 30
 
 
 def test_a_wrong_option_is_reported_once_before_anything_runs(monkeypatch, capsys, tmp_path):

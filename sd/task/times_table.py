@@ -1,9 +1,10 @@
 """The embedded task: sums of products, a solver that half knows its times table, an exact checker.
 
 A problem is a sum of 2 to 6 products, `7*8 + 6*9 + 3*4`. The solver writes all products and then
-running sums, `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`. Every step is worded anew: `7*8=56`, `8*7 is 56`, `7 times 8 makes 56`. For half of
-the pairs ("hard") the corpus is right 5 % of the time and otherwise makes one of eight usual
-mistakes: the solver does not know 7*8, and what it learns on one problem serves all.
+running sums, `<step_1> 7*8=56 </step_1> … <step_4> 56+54=110 </step_4>`. Every step is worded anew:
+`7*8=56`, `8*7 is 56`, `7 times 8 makes 56`. For half of the pairs ("hard") the corpus is right 5 %
+of the time and otherwise makes one of eight usual mistakes: the solver does not know 7*8, and what
+it learns on one problem serves all.
 
 Everything here is arithmetic on equations. `derive` continues a derivation from any state: the
 corpus, the references and the critic all use it. `check` walks through a trace up to its first
