@@ -2,7 +2,8 @@
 
 The corpus is in task/corpus.py: problems of 2 to 6 products in equal shares, 36 of 96 examples of a
 step without a context, 34 with a reference solution, 26 with a critique. Matrices within the blocks
-are trained by Muon, which needs about half of AdamW's steps here, all other weights by AdamW.
+are trained by Muon, all other weights by AdamW. (After 150 steps on an earlier form of this corpus
+the loss was 0.88; with AdamW alone it was 1.35.)
 """
 import math
 import os
