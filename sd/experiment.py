@@ -379,8 +379,8 @@ def measure(jobs: dict[str, list[Job]], ledger: list[dict], out: Path, at_once: 
     with ThreadPoolExecutor(at_once) as pool:           # after a failure, nothing new begins
         for found in pool.map(lambda job: run(job, out), missing):
             ledger.append(found)
-            with open(out / "ledger.jsonl", "a") as file:
-                file.write(json.dumps(found) + "\n")
+            own = [*read_rows(out / "ledger.jsonl"), found]
+            write_atomic(out / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in own))
 
 
 def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:

@@ -198,6 +198,10 @@ def test_the_ledger_knows_a_run_by_its_options_and_nothing_is_measured_twice(tmp
     assert stored == ledger
     measure(jobs, stored, tmp_path, 1)
     assert len(commands.asked) == 8
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(path.read_text()[:-9])      # killed while the last line was written
+    measure({"grpo": [make_job("grpo", 0, [])]}, ledger[:0], tmp_path, 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*ledger[:-1], ledger[1]]
     find = lambda arm, seed=0, extra=(): make_job(arm, seed, extra).find(stored)
     assert find("ref")["options"]["cond"] == "ref" and find("ref", 1)["options"]["seed"] == 1
     for other in ("critique", "ref --divergence jsd", "ref --products 3", "ref --references same"):
