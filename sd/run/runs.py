@@ -37,7 +37,8 @@ from sd.run.ranks import Ranks
 
 SAVE_EVERY = 60.0       # seconds between states, besides those saved at evaluations
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-FACTS = ("done", "seconds", "best", "best_at", "evaluated_at", "data", "logs")  # of a state
+FACTS = ("done", "seconds", "best", "best_at", "evaluated_at", "data", "logs",  # of a state
+         "useless_steps")
 
 
 class StopRequest:
@@ -74,6 +75,7 @@ class RunFolder:
     seconds = 0.0               # from the start to the last line in metrics.jsonl
     best, best_at = -1.0, 0     # the best validation Avg@k, and its step
     evaluated_at = -1           # the step of the last evaluation
+    useless_steps = 0           # the last ones, all of whose critiques were malformed
     lock = None
 
     def __init__(self, config: Config, ranks: Ranks, resume: Path | None = None):
