@@ -119,6 +119,11 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
+def largest(differences) -> float:
+    """Unlike max, it does not overlook a NaN."""
+    return torch.tensor([0.0, *differences]).max().item()
+
+
 def adapt(model: Transformer) -> None:
     """LoRA as after some training: a new adapter changes nothing."""
     add_lora(model, 8, 16.0, 0)
@@ -152,28 +157,28 @@ def check_logits(lab: Lab, dtype: torch.dtype):
 @torch.inference_mode()
 def scores(model: Transformer, prompts: list[list[int]], drawn: Sampled) -> float:
     """The largest difference of log-probabilities from those of whole sequences, without a cache."""
-    worst = 0.0
+    differences = []
     for prompt, completion, logprobs in zip(prompts, drawn.completions(), drawn.logprobs):
         hidden = completion_hidden(model, [prompt], [completion])           # (T, C)
         for at in range(0, len(hidden), 512):
             ids = torch.tensor(completion[at:at + 512], device=hidden.device)
             logits = model.lm_head(hidden[at:at + 512])
             scored = losses.of_token(losses.log_probs(logits, 1.0), ids)
-            worst = max(worst, (scored - logprobs[at:at + len(ids)]).abs().max().item())
-    return worst
+            differences.append((scored - logprobs[at:at + len(ids)]).abs().max().item())
+    return largest(differences)
 
 
 def part_ways(one: Sampled, other: Sampled) -> tuple[list[int], float]:
     """Where rows begin to differ, and the largest difference of log-probabilities before that."""
-    where, worst = [], 0.0
+    where, differences = [], []
     for a, b, p, q in zip(one.completions(), other.completions(), one.logprobs, other.logprobs):
         shared = min(len(a), len(b))
         at = next((t for t in range(shared) if a[t] != b[t]), shared)
         if at < shared:
             where.append(at)
         if at:
-            worst = max(worst, (p[:at] - q[:at]).abs().max().item())
-    return sorted(where), worst
+            differences.append((p[:at] - q[:at]).abs().max().item())
+    return sorted(where), largest(differences)
 
 
 def check_decode(lab: Lab, dtype: torch.dtype, tokens: int):
@@ -198,10 +203,10 @@ def check_decode(lab: Lab, dtype: torch.dtype, tokens: int):
     dropped = run(ends)
     apart, worst = part_ways(captured, eager)
     apart_dropped, worst_dropped = part_ways(dropped, captured)
-    scored = max(scores(model, prompts, captured), scores(model, prompts, dropped))
-    assert dropped.lengths.min() < tokens, "no row has ended"
+    scored = largest(scores(model, prompts, drawn) for drawn in (captured, dropped))
     for name, error in (("eager", worst), ("all rows", worst_dropped), ("whole sequences", scored)):
         assert error < CLOSE[dtype], f"log-probabilities are {error:.2g} from those of {name}"
+    assert dropped.lengths.min() < tokens, "no row has ended"
     return (f"{tokens} tokens: {rows - len(apart)} of {rows} rows equal eager's, {rows - len(apart_dropped)} as "
             f"rows drop; log-probabilities within {worst:.1e}, of whole sequences {scored:.1e}",
             {"part ways": apart, "as rows drop": apart_dropped, "eager": worst, "scored": scored})
@@ -210,7 +215,8 @@ def check_decode(lab: Lab, dtype: torch.dtype, tokens: int):
 def check_loss(lab: Lab, dtype: torch.dtype):
     """Values and gradients; one trace of each kind serves all numbers of rows."""
     earlier = bool(sys.modules.get("triton"))
-    loss, worst, rng = compiled(losses.token_loss), 0.0, torch.Generator(lab.device).manual_seed(0)
+    loss, errors = compiled(losses.token_loss), []
+    rng = torch.Generator(lab.device).manual_seed(0)
     for kind in ("grpo", "forward", "reverse", "jsd", "sampled"):
         for rows in (5, 33, 110):
             shape = (2, rows, lab.small.vocab_size)
@@ -225,8 +231,8 @@ def check_loss(lab: Lab, dtype: torch.dtype):
                     leaf = logits.clone().requires_grad_()
                     value = function(kind, leaf, target, ids, 1.1, 0.3)
                     results.append((value, *torch.autograd.grad((value * weight).sum(), leaf)))
-            for one, other in zip(*results):
-                worst = max(worst, distance(one, other))
+            errors += map(distance, *results)
+    worst = largest(errors)
     assert worst < (1e-5 if dtype == FLOAT32 else 1e-2), f"relative difference {worst:.1e}"
     assert earlier or not sys.modules.get("triton"), "the compiled loss has imported Triton"
     triton = "was imported before" if earlier else "was not imported"
@@ -252,9 +258,9 @@ def check_step(lab: Lab, cond: str):
         return torch.tensor(loss), gradient
     plain, errors = run(), {}
     for way in ("recompute", "compile"):
-        errors[way] = max(map(distance, run(**{way: True}), plain))
+        errors[way] = largest(map(distance, run(**{way: True}), plain))
     model.cpu()
-    errors["cpu"] = max(map(distance, run(), plain))
+    errors["cpu"] = largest(map(distance, run(), plain))
     for way, error in errors.items():
         assert error < 1e-3, f"loss or gradient, {way}: relative difference {error:.1e}"
     said = ", ".join(f"{way} {error:.1e}" for way, error in errors.items())
@@ -286,7 +292,7 @@ def check_command(lab: Lab, cond: str):
         options = train_options(lab, Path(base))
         status, said = run_train(lab, "--cond", cond, *options, "--dtype", "bfloat16", "--recompute",
                                  "--compile", "--out", f"{base}/run")
-        assert status == 0, f"train.py ended with status {status}: {said.strip().splitlines()[-1][:300]}"
+        assert status == 0, f"train.py ended with status {status}: {said.strip()[-300:]}"
     return "four steps in bfloat16, --recompute --compile", {}
 
 
@@ -309,7 +315,7 @@ def check_resume(lab: Lab):
         statuses.append(run_train(lab, "--resume", f"{base}/stopped")[0])
         assert statuses == [0, 0, 143, 0], f"train.py ended with status {statuses}"
         whole, again, resumed = map(final, ("whole", "again", "stopped"))
-    noise, difference = (max((run[name] - whole[name]).abs().max().item() for name in whole)
+    noise, difference = (largest((run[name] - whole[name]).abs().max().item() for name in whole)
                          for run in (again, resumed))
     assert difference == 0 or noise > 0, f"differs by {difference:.1e}, two undisturbed runs do not"
     exact = "bit for bit" if difference == 0 else f"to {difference:.1e}, two undisturbed runs to {noise:.1e}"
