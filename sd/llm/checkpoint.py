@@ -100,8 +100,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, 
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"{path}: is not written, since {name} is not finite; "
-                                     "begin again with a lower --lr")
+            raise FloatingPointError(f"{path}: is not written, since {name} is not finite; begin "
+                                     "again with a lower --lr, or look at the weights of --model")
     with atomic(path) as temporary:
         save_file(tensors, temporary, facts)
 

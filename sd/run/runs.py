@@ -189,8 +189,7 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         if self.writes:
-            with suppress(BrokenPipeError):         # `train.py … | head`: the run goes on
-                print(text, flush=True)
+            print(text, flush=True)
 
     def _log(self, step: int, numbers: dict) -> None:
         self.seconds = time.monotonic() - self.started
