@@ -39,7 +39,7 @@ def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[
                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
             try:
                 main(parser)
-                print(end="", flush=True)       # what cannot be written is told here, not as it ends
+                print(end="", flush=True)       # if it cannot be written, that is told below
                 return 0
             except (UserError, OSError, FloatingPointError) as error:
                 status, message = 2, str(error)

@@ -254,7 +254,7 @@ class RunFolder:
             self.evaluated_at = -1
 
     def _cut_off(self) -> None:
-        """What was written after the state goes, and what was half written, by us or safetensors."""
+        """What was written after the state goes, and what we or safetensors wrote by half."""
         for name, size in zip(LOGS, self.logs):
             log = self.path / name
             whole = log.read_bytes()[:size].rfind(b"\n") + 1
