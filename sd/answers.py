@@ -5,12 +5,11 @@ letter has another random, fixed value. Two answers are equal if they are at all
 are exact; roots, pi and functions are floats that agree to twelve digits. What cannot be read, or
 leaves the range of floats, is compared as text.
 
-Conventions, following the answers in the MATH and GSM8K data: percent signs, currencies, degrees
-and common units are dropped; lists, sets and unions are one thing, without order or repetition;
-`5` may stand for `x = 5`, and `52` for `52_8`, but `y = 5` differs from `x = 5`; a rounded number
-differs from the exact one. Values count, not forms: `(x+1)^2` is `x^2+2x+1`. But unlike in a
-computer algebra system, a sum or product of plain numbers is unfinished and equals no number:
-otherwise the problem `7*8 + 6*9` would be its own answer.
+Conventions: percent signs, currencies, degrees and common units are dropped; lists, sets and unions
+are one thing, without order or repetition; `5` may stand for `x = 5`, and `52` for `52_8`, but
+`y = 5` differs from `x = 5`; a rounded number differs from the exact one. `(x+1)^2` is `x^2+2x+1`,
+but a sum or product of plain numbers is unfinished and equals no number: otherwise the problem
+`7*8 + 6*9` would be its own answer.
 
 Simplified: letters are positive, so the root of x^2 is x; odd roots of negative numbers are real;
 three letters in a row are a word, as two capitals are; equations are not rearranged.
@@ -83,8 +82,7 @@ CLEANING = {
     r"(?<![\w.^_}])(\d+) ?(?=\\[dtc]?frac ?(?:\d|\{\d+\}) ?(?:\d|\{\d+\}))": r"\1&",
     r"(?<=\d) (?=\d{3}(?!\d))": "",                             # 15 000
     # 1,000, but not in brackets, where it is two numbers
-    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d|[^(\[]*(?:[)\]]|\\\}))":
-        lambda number: number[0].replace(",", ""),
+    r"(?<=\d)(?<!\d{4})(?<!\b0),(?=\d{3}(?!\d|[^(\[]*(?:[)\]]|\\\})))": "",
     r"\\?exp(?![a-z])": "e^",
     r"(?:\\?sqrt|√) ?\[([^]]+)\]": r" root {\1}", r"\\?sqrt(?![a-z])|√": " root 2 ",
     r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})": r"\\arc\1",
@@ -155,13 +153,8 @@ def equal(answer: str | None, truth: str) -> bool:
     if texts[0] == texts[1]:
         return True
     try:
-        for point in range(POINTS):
-            left, right = (statements(read(text, point)) for text in texts)
-            pairs = [[same(a, b) for b in right] for a in left]
-            if not (all(map(any, pairs)) and all(map(any, zip(*pairs)))):
-                return False
-        return True
-    except (ValueError, TypeError, ArithmeticError, RecursionError):
+        return all(agree(*(read(text, point) for text in texts)) for point in range(POINTS))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return False            # one is unreadable, unfinished, or beyond the range of floats
 
 
@@ -197,6 +190,12 @@ def statements(value: Value, name: Value | None = None) -> list[tuple]:
     return [(name, value)]
 
 
+def agree(left: list[tuple], right: list[tuple]) -> bool:
+    """Whether each statement of either side is one of the other side."""
+    pairs = [[same(a, b) for b in right] for a in left]
+    return all(map(any, pairs)) and all(map(any, zip(*pairs)))
+
+
 def same(a: Value | str | None, b: Value | str | None) -> bool:
     if a is None or b is None:
         return True                             # a name may be missing
@@ -205,14 +204,15 @@ def same(a: Value | str | None, b: Value | str | None) -> bool:
     return cmath.isclose(a, b, rel_tol=TOLERANCE) if complex in (type(a), type(b)) and a and b else a == b
 
 
-def read(text: str, point: int) -> list[Value]:
-    values = []
+def read(text: str, point: int) -> list[tuple]:
+    """The statements of a text, which stands in braces here."""
+    found = []
     for sign in "+-" if "±" in text else "+":
-        parser = Parser(["", "}", *reversed(text.replace("±", sign).split())], point)
-        values.append(parser.bracketed("{"))
-        if parser.tokens != [""]:
+        parser = Parser(["}", *reversed(text.replace("±", sign).split())], point)
+        found += statements(parser.bracketed("{"))
+        if parser.tokens:
             raise ValueError("a bracket was not open")
-    return values
+    return found
 
 
 def calculate(left: Value, sign: str, right: Value) -> Value:
@@ -231,24 +231,20 @@ def calculate(left: Value, sign: str, right: Value) -> Value:
 
 def power(base: Fraction | complex, exponent: Fraction | complex) -> Fraction | complex:
     """Exact for fractions with whole exponents, unless it is huge; odd roots keep the sign."""
+    root = exponent.denominator if isinstance(exponent, Fraction) else 0
     if exponent == 1:
         return base
-    root = exponent.denominator if isinstance(exponent, Fraction) else 0
     if root == 1 and isinstance(base, Fraction):
         if abs(exponent) * max(map(int.bit_length, base.as_integer_ratio())) < BITS:
             return Fraction(base) ** exponent.numerator
-    base = complex(base)
-    if abs(base.imag) < TOLERANCE * abs(base.real):
-        base = complex(base.real)               # without -0.0, where roots jump
-    if root % 2 and base.real < 0 and not base.imag:
+    base = complex(base) + 0j                   # not -0.0, where roots jump
+    if root % 2 and base.real < 0 == base.imag:
         return (-1) ** exponent.numerator * (-base) ** complex(exponent)
     return base ** complex(exponent)
 
 
 def binomial(n: Value, k: Value) -> Value:
-    k = int(str(k))                             # ValueError unless it is a whole number
-    if k > LENGTH:
-        raise ValueError("too long")
+    k = range(LENGTH).index(k)                  # ValueError unless it is whole, and small enough
     return math.prod((n - i) / Fraction(i + 1) for i in range(k))
 
 
@@ -261,7 +257,7 @@ PREFIXES = {"frac": lambda a, b: calculate(a, "/", b), "root": lambda n, x: calc
 @dataclass
 class Parser:
     """Precedence climbing: each method takes what it reads from the end of `tokens`."""
-    tokens: list[str]           # backwards; the first one is "", the end
+    tokens: list[str]           # backwards
     point: int
 
     def take(self, *wanted: str) -> str:
@@ -311,18 +307,16 @@ class Parser:
 
     def bracketed(self, opening: str) -> Value:
         """A group, a set, a point, an interval, a row of a matrix, or something rounded."""
-        if opening not in ["(", "[", "{", "⌊", "⌈"]:
-            raise ValueError("nothing that can be read")
         values = [self.expression()]
         while self.take(","):
             values.append(self.expression())
         kind = opening + self.tokens.pop()
         if kind in ("⌊⌋", "⌈⌉"):
             return self.letter(f"{kind} {complex(values[0]):.9g}")
-        if kind not in "() [] (] [) {}".split():
-            raise ValueError("no such brackets")
         if len(values) == 1 and kind in ("()", "{}"):
             return values[0]
+        if kind not in "() [] (] [) {}".split():
+            raise ValueError("no such brackets")
         return values if kind == "{}" else (kind, *values)
 
     def letter(self, name: str) -> Fraction:
