@@ -59,17 +59,16 @@ TOKEN = (r"(?a)(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?|\\[A-Za-z]+
          r"|[A-Za-z]_(?:\d+|[A-Za-z])|\S")
 
 TEXT = r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{"
-UNIT = r"(?:(?:square|cubic|sq\.?) )?(?:" + "|".join("""
-m cm mm km g kg mg L mL ml s h hr min sec mph ft in yd mi oz lb USD inch inche foot feet yard mile
+UNIT = """cm mm km m kg mg g mL ml L hr h min sec s mph ft in yd mi oz lb inche inch foot feet yard mile
 meter metre centimeter kilometer gram kilogram liter ounce pound gallon acre second minute hour day
-week month year cent dollar euro degree radian unit""".split()) + r")s?\.?"
+week month year cent dollar euro degree radian unit"""
+UNIT = rf"(?:(?:square|cubic|sq\.?) )?(?:{'|'.join(UNIT.split())})s?\.?"
 UNIT += rf"(?: ?(?:/|per) ?{UNIT})?"
 # What makes no difference is removed or unified first, in this order.
 CLEANING = {
     r"(?:\{,\}|, ?\\!) ?(?=\d{3})": "",                         # 1{,}000 and 1,\!000
-    r"\\begin\{\w+\}(?:\{\w*\})?": "[[", r"(?:\\\\ ?)?\\end\{\w+\}": "]]",      # matrices
-    r"\\\\": "],[", "&": ",",
-    r"\\\{ ?\\\}": r"\\emptyset ",
+    # a matrix becomes [[1, 2], [3, 4]]
+    r"\\begin\{\w+\}(?:\{\w*\})?": "[[", r"(?:\\\\ ?)?\\end\{\w+\}": "]]", r"\\\\": "],[", "&": ",",
     # degrees, spacing, percent signs, currencies
     r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\q?quad(?![A-Za-z])|\\[,;:!>()\[\] ]|~|\\?[$%]|[°€£]": " ",
     # units, in \text or of at least two letters, perhaps squared
@@ -87,7 +86,7 @@ CLEANING = {
     r"(?:\\?sqrt|√) ?\[([^]]+)\]": r" root {\1}", r"\\?sqrt(?![a-z])|√": " root 2 ",
     r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})": r"\\arc\1",
     r"(frac|binom|log_) ?(\d)": r"\1 \2 ",                      # \frac43, \log_25
-    r"_ ?\{ ?(\w+) ?\}": r"_\1 ",
+    r"_ ?\{ ?(\w+) ?\}": r"_\1 ", r"\\\{ ?\\\}": r"\\emptyset",
     r"(?:^\w ?= ?)?(?<![A-Za-z\d])(\d+) ?_ ?(\w+)": r"b_\2 := \1",      # 52_8
     r"^(?:=|\\approx|≈)|[.,;: ]+$": "",
 } | {rf"(?<=\d) ?{word}(?![a-z])": f"e{zeros}" for word, zeros in
@@ -103,7 +102,8 @@ RELATIONS = r"= := != < <= > >= \in :".split()
 BINDING = dict.fromkeys(RELATIONS, 0) | {"+": 1, "-": 1, "*": 2, "/": 2, "·": 3, "^": 4, "!": 5, "&": 5}
 # The value of an answer, or of a part, at a point: a list is a set; a tuple is anything else that
 # has parts, such as ("[)", 3, 7) and (":=", x, 5).
-Value = Fraction | complex | list | tuple
+NUMBER = Fraction | complex
+Value = NUMBER | list | tuple
 
 
 class Plain(Fraction):
@@ -153,7 +153,7 @@ def equal(answer: str | None, truth: str) -> bool:
     if texts[0] == texts[1]:
         return True
     try:
-        return all(agree(*(read(text, point) for text in texts)) for point in range(POINTS))
+        return all(same(*(read(text, point) for text in texts)) for point in range(POINTS))
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return False            # one is unreadable, unfinished, or beyond the range of floats
 
@@ -190,18 +190,16 @@ def statements(value: Value, name: Value | None = None) -> list[tuple]:
     return [(name, value)]
 
 
-def agree(left: list[tuple], right: list[tuple]) -> bool:
-    """Whether each statement of either side is one of the other side."""
-    pairs = [[same(a, b) for b in right] for a in left]
-    return all(map(any, pairs)) and all(map(any, zip(*pairs)))
-
-
 def same(a: Value | str | None, b: Value | str | None) -> bool:
-    if a is None or b is None:
-        return True                             # a name may be missing
-    if isinstance(a, (tuple, list)) or isinstance(b, (tuple, list)):
-        return type(a) == type(b) and len(a) == len(b) and all(map(same, a, b))
-    return cmath.isclose(a, b, rel_tol=TOLERANCE) if complex in (type(a), type(b)) and a and b else a == b
+    """Lists have no order, tuples have one; a name that is None may be any."""
+    if isinstance(a, list) and isinstance(b, list):
+        pairs = [[same(x, y) for y in b] for x in a]
+        return all(map(any, pairs)) and all(map(any, zip(*pairs)))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, NUMBER) and isinstance(b, NUMBER) and a and b and complex in (type(a), type(b)):
+        return cmath.isclose(a, b, rel_tol=TOLERANCE)
+    return a == b or None in (a, b)
 
 
 def read(text: str, point: int) -> list[tuple]:
@@ -224,12 +222,12 @@ def calculate(left: Value, sign: str, right: Value) -> Value:
     if plain and sign != "^":
         raise ValueError("a sum or product of plain numbers is unfinished")
     result = OPERATORS[sign](left, right)
-    if isinstance(result, complex) and (not cmath.isfinite(result) or left and right and not result):
+    if isinstance(result, complex) and (not cmath.isfinite(result) or not result and left and right):
         raise ArithmeticError("beyond the range of floats")
     return result
 
 
-def power(base: Fraction | complex, exponent: Fraction | complex) -> Fraction | complex:
+def power(base: NUMBER, exponent: NUMBER) -> NUMBER:
     """Exact for fractions with whole exponents, unless it is huge; odd roots keep the sign."""
     root = exponent.denominator if isinstance(exponent, Fraction) else 0
     if exponent == 1:
@@ -249,7 +247,7 @@ def binomial(n: Value, k: Value) -> Value:
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-             "·": operator.mul, "^": power}
+             "·": operator.mul, "^": power, "!": lambda n, _: complex(math.gamma(n + 1))}
 PREFIXES = {"frac": lambda a, b: calculate(a, "/", b), "root": lambda n, x: calculate(x, "^", 1 / n),
             "binom": binomial}
 
@@ -272,17 +270,13 @@ class Parser:
             value = type(value)(-value)         # a plain number stays one
         while True:
             sign = self.tokens[-1]
-            if sign in FUNCTIONS:
-                sign = "*"                      # \sin x \cos x is not \sin (x \cos x)
-            elif sign[:1].isalpha() or sign in ["(", "{", "⌊", "⌈"]:
-                sign = "·"
+            if sign[:1].isalpha() or sign in ["(", "{", "⌊", "⌈"]:
+                sign = "*" if sign in FUNCTIONS else "·"        # \sin x stops before \cos x
             if BINDING.get(sign, -1) < loosest:
                 return value
             self.take(sign)
-            if sign == "!":
-                value = complex(math.gamma(value + 1))
-            else:                               # 1/2x is x/2
-                value = calculate(value, sign, self.expression(4 if sign in "*/" else BINDING[sign] + 1))
+            tighter = 4 if sign in "*/" else BINDING[sign] + 1          # 1/2x is x/2
+            value = calculate(value, sign, None if sign == "!" else self.expression(tighter))
 
     def operand(self) -> Value:
         """A number, a letter, a word, a function, or anything in brackets."""
