@@ -38,20 +38,21 @@ HASHES = r"####([^#\n]*)\n"             # the last line of an answer in GSM8K
 WRAPPED = r"(?s)\A(?:\*\*([^*]+)\*\*|\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\])\Z"
 
 FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a"))
-             for name in "sin cos tan arcsin arccos arctan sinh cosh tanh".split()}
-FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x),
-              "csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log, "log": cmath.log10}
+             for name in "sin cos tan arcsin arccos arctan".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "sec": lambda x: 1 / cmath.cos(x),
+              "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
-GREEK = "alpha beta gamma delta theta lambda mu phi psi rho sigma tau omega emptyset"
-SPELLINGS = {rf"\{word}": word for word in [*FUNCTIONS, *GREEK.split()]}
+# Each row is the usual spelling, also with a backslash, and others.
+SPELLINGS = {}
 for row in r"""
-* \cdot \times × ⋅ | / \div ÷ ⁄ | - − – | , ; and or \cup ∪ | = \approx ≈ | \in ∈ | ± \pm | ^ **
-<= \le \leq ≤ | >= \ge \geq ≥ | != \ne \neq ≠ | pi \pi π | theta θ | infty \infty inf ∞
-frac \frac \dfrac \tfrac \cfrac | binom \binom \dbinom \tbinom | emptyset \varnothing
-arcsin asin | arccos acos | arctan atan | ⌊ \lfloor | ⌋ \rfloor | ⌈ \lceil | ⌉ \rceil | { \{ | } \}
+* \cdot \times × ⋅ | / \div ÷ ⁄ | - − – | , ; and or \cup ∪ | = \approx ≈ | ± \pm | ^ ** | { | }
+<= \le \leq ≤ | >= \ge \geq ≥ | != \ne \neq ≠ | \in ∈ | ⌊ \lfloor | ⌋ \rfloor | ⌈ \lceil | ⌉ \rceil
+frac \dfrac \tfrac \cfrac | binom \dbinom \tbinom | emptyset \varnothing | infty inf ∞ | pi π
+theta θ | sin | cos | tan | cot | sec | csc | arcsin asin | arccos acos | arctan atan | ln | log
+alpha | beta | gamma | delta | lambda | mu | phi | psi | rho | sigma | tau | omega
 """.strip().replace("\n", "|").split("|"):
     usual, *others = row.split()
-    SPELLINGS |= dict.fromkeys(others, usual)
+    SPELLINGS |= dict.fromkeys([rf"\{usual}", *others], usual)
 KNOWN = f"(?:{'|'.join(filter(str.isalpha, [*SPELLINGS, *SPELLINGS.values()]))})(?![A-Za-z])"
 # A number, a command, a word or several, a letter with an index, any other character.
 TOKEN = (r"(?a)(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?|\\[A-Za-z]+|\\[{}]|\*\*|[<>:]="
@@ -59,10 +60,10 @@ TOKEN = (r"(?a)(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?|\\[A-Za-z]+
          r"|[A-Za-z]_(?:\d+|[A-Za-z])|\S")
 
 TEXT = r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{"
-UNIT = """cm mm km m kg mg g mL ml L hr h min sec s mph ft in yd mi oz lb inche inch foot feet yard mile
-meter metre centimeter kilometer gram kilogram liter ounce pound gallon acre second minute hour day
-week month year cent dollar euro degree radian unit"""
-UNIT = rf"(?:(?:square|cubic|sq\.?) )?(?:{'|'.join(UNIT.split())})s?\.?"
+UNIT = """cm mm km m kg mg g mL ml L hr h min sec s mph USD ft in yd mi oz lb inche inch foot feet
+yard mile meter metre centimeter kilometer gram kilogram liter ounce pound gallon acre second minute
+hour day week month year cent dollar euro degree radian unit"""
+UNIT = rf"(?:(?:square|cubic|sq\.?) ?)?(?:{'|'.join(UNIT.split())})s?\.?"
 UNIT += rf"(?: ?(?:/|per) ?{UNIT})?"
 # What makes no difference is removed or unified first, in this order.
 CLEANING = {
@@ -74,17 +75,16 @@ CLEANING = {
     # units, in \text or of at least two letters, perhaps squared
     rf"(?<=[\w)\]}}]) *(?:{TEXT} ?{UNIT} ?\}}|(?<=\d )(?=\w\w){UNIT}(?!\w))"
     r"(?: ?\^ ?(?:[23]|\{[23]\}))?(?! ?\d)": "",
+    # \text itself, fonts, and sizes of brackets
     TEXT + r"([^{}]*)\}": r" \1 ",
-    # fonts, and sizes of brackets
-    r"\\(?:left|right|[bB]igg?[lr]?|(?:math|text|display)\w*|phantom|[mf]?box(?:ed)?|framebox)\b": "",
+    r"\\(?:left|right|[bB]igg?[lr]?|(?:math|text|display)\w*|phantom|\w*box(?:ed)?)\b": "",
     r"(\d) (\d+) ?[/⁄] ?(\d+)": r"\1&\\frac{\2}{\3}",           # 2 1/4
     r"(?<![\w.^_}])(\d+) ?(?=\\[dtc]?frac ?(?:\d|\{\d+\}) ?(?:\d|\{\d+\}))": r"\1&",
     r"(?<=\d) (?=\d{3}(?!\d))": "",                             # 15 000
     # 1,000, but not in brackets, where it is two numbers
     r"(?<=\d)(?<!\d{4})(?<!\b0),(?=\d{3}(?!\d|[^(\[]*(?:[)\]]|\\\})))": "",
-    r"\\?exp(?![a-z])": "e^",
     r"(?:\\?sqrt|√) ?\[([^]]+)\]": r" root {\1}", r"\\?sqrt(?![a-z])|√": " root 2 ",
-    r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})": r"\\arc\1",
+    r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})": r"\\arc\1", r"\\?exp(?![a-z])": "e^",
     r"(frac|binom|log_) ?(\d)": r"\1 \2 ",                      # \frac43, \log_25
     r"_ ?\{ ?(\w+) ?\}": r"_\1 ", r"\\\{ ?\\\}": r"\\emptyset",
     r"(?:^\w ?= ?)?(?<![A-Za-z\d])(\d+) ?_ ?(\w+)": r"b_\2 := \1",      # 52_8
@@ -98,8 +98,8 @@ NAMED = rf"(?:^|(?<=, )){NAME} (?:=|\\in) "
 CHAIN = rf"(?:^|(?<=, ))(?=[^,]*[<>])(?:([^<>,]+) ([<>]=?) )?{NAME}(?: ([<>]=?) ([^<>,]+))?(?= ,|$)"
 
 # How tightly operators bind; · is a * that is omitted, & joins the parts of 1\frac{4}{5}.
-RELATIONS = r"= := != < <= > >= \in :".split()
-BINDING = dict.fromkeys(RELATIONS, 0) | {"+": 1, "-": 1, "*": 2, "/": 2, "·": 3, "^": 4, "!": 5, "&": 5}
+RELATIONS = dict.fromkeys(r"= := != < <= > >= \in :".split(), 0)
+BINDING = RELATIONS | {"+": 1, "-": 1, "*": 2, "/": 2, "·": 3, "^": 4, "!": 5, "&": 5}
 # The value of an answer, or of a part, at a point: a list is a set; a tuple is anything else that
 # has parts, such as ("[)", 3, 7) and (":=", x, 5).
 NUMBER = Fraction | complex
@@ -197,7 +197,8 @@ def same(a: Value | str | None, b: Value | str | None) -> bool:
         return all(map(any, pairs)) and all(map(any, zip(*pairs)))
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, NUMBER) and isinstance(b, NUMBER) and a and b and complex in (type(a), type(b)):
+    numbers = isinstance(a, NUMBER) and isinstance(b, NUMBER) and a and b
+    if numbers and complex in (type(a), type(b)):
         return cmath.isclose(a, b, rel_tol=TOLERANCE)
     return a == b or None in (a, b)
 
@@ -222,8 +223,9 @@ def calculate(left: Value, sign: str, right: Value) -> Value:
     if plain and sign != "^":
         raise ValueError("a sum or product of plain numbers is unfinished")
     result = OPERATORS[sign](left, right)
-    if isinstance(result, complex) and (not cmath.isfinite(result) or not result and left and right):
-        raise ArithmeticError("beyond the range of floats")
+    if isinstance(result, complex):
+        if not cmath.isfinite(result) or not result and left and right and sign not in "+-":
+            raise ArithmeticError("beyond the range of floats")
     return result
 
 
@@ -248,8 +250,8 @@ def binomial(n: Value, k: Value) -> Value:
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
              "·": operator.mul, "^": power, "!": lambda n, _: complex(math.gamma(n + 1))}
-PREFIXES = {"frac": lambda a, b: calculate(a, "/", b), "root": lambda n, x: calculate(x, "^", 1 / n),
-            "binom": binomial}
+PREFIXES = {"frac": lambda a, b: calculate(a, "/", b), "binom": binomial,
+            "root": lambda n, x: calculate(x, "^", 1 / n)}
 
 
 @dataclass

@@ -190,7 +190,7 @@ def test_no_answer_equals_nothing():
 
 
 def test_roots_multiply_and_divide_as_real_numbers_do():
-    """Of m, n < 60: a sign lost among the roots modulo a prime would show here."""
+    """Of m, n < 60: a root with the wrong sign would show here."""
     for m in range(1, 60):
         assert equal(rf"(\sqrt{{{m}}})^2", f"{m}")
         assert equal(rf"\frac{{1}}{{\sqrt{{{m}}}}}", rf"\frac{{\sqrt{{{m}}}}}{{{m}}}")
