@@ -80,6 +80,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
             ranks.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
             rows = ranks.gather([r.row() for r in rollouts])
+            rows.sort(key=lambda row: row["id"])        # so the same problems are logged again
             run.log_rollouts(step + 1, rows[:LOGGED])
             refuse_nonsense(run, step + 1, loss, norm, rows)
 
