@@ -157,7 +157,7 @@ def locate(pieces: list[str], step: Step, right: str) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def read_again(model: Transformer, rollout: Rollout, temperature: float) -> list[float]:
-    """Sets logprobs (T) to log model(y_t | prompt, y_<t), and returns the model's entropy there (T).
+    """Sets logprobs (T) to log model(y_t | prompt, y_<t) and returns the model's entropy there (T).
 
     The prompt is the teacher's, if there is one.
     """

@@ -8,7 +8,7 @@ If it teaches as much as the condition's own context, the gain was not the feedb
     answer    the right answer, without a derivation
     other     the reference, or the critique, of another problem in the batch
     echo      this rollout's own trace, uncorrected
-    needless  the same, but a right step is "corrected" to itself, as full quoting writes corrections
+    needless  the same, but a right step is "corrected" to itself, written as full quoting does
     plan      the embedded task's products to compute, without their values
 """
 import random

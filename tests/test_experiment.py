@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd import UserError, experiment
+from sd import UserError, experiment, gap
 from sd.controls import reference
-from sd.experiment import ARMS, confidence, make_job, measure, problems_of, read_curve, run, summary, table
+from sd.experiment import ARMS, confidence, make_job, measure, problems_of, publish, read_curve, run, summary, table
 from sd.problems import EMBEDDED, embedded, read_problems, write_problems
 from sd.rollouts import Rollout
 from sd.steps import parse
@@ -57,7 +57,7 @@ def test_the_interval_is_the_textbooks_and_not_finite_for_one_seed():
 def line(avg, rollouts=32, curve=(4.0, 50.0)):
     """A run in the ledger, its Maj and Pass the same as its Avg."""
     rows = [{"step": 10 * i, "avg": value, "rollouts": rollouts * i, "tokens": 1000 * i, "entropy": 0.5,
-             "signal": 0.25} for i, value in enumerate(curve)]
+             "signal": 0.25, "length": 100.0} for i, value in enumerate(curve)]
     return {"test": {f"{name}@12": avg for name in ("avg", "maj", "pass")}, "curve": rows}
 
 
@@ -199,6 +199,21 @@ def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_anothe
     rate = [make_job(arm, 0, []).facts for arm in ARMS["rate"]]
     horizon = [make_job(arm, 0, []).facts for arm in ARMS["horizon"] if "reverse" not in arm]
     assert all(facts in rate for facts in horizon)
+
+
+def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gap, "before", lambda config, problems: {
+        "lead": 90.0 + config.critic_noise, "correct": 0.1 + config.critic_noise, "wrong": 1.0})
+    monkeypatch.setattr(experiment, "problems_of", lambda job, out: EMBEDDED)
+    figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"]}
+    for name, arms in ARMS.items():
+        publish(name, {arm: [line(40.0), line(50.0, curve=(4.0, 50.0 + i))] for i, arm in enumerate(arms)}, tmp_path)
+        written = sorted(path.name for path in (tmp_path / name).iterdir())
+        assert written == [*figures.get(name, []), "table.md"]
+        table = (tmp_path / name / "table.md").read_text()
+        assert f"{name}\n{table}" in capsys.readouterr().out
+        assert {"rate": "by the rule", "horizon": "untrained", "long": "a tenth lower", "gap": "rank correlation"}.get(
+            name, "2 seeds") in table
 
 
 def test_a_failure_starts_nothing_more(tmp_path, monkeypatch, capsys):
