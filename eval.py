@@ -10,10 +10,11 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from sd import UserError, command
-from sd.config import open_solver, sampling_options
+from sd.config import open_solver, read_run_config, sampling_options
 from sd.llm.checkpoint import read_config, write_json
 from sd.metrics import evaluate
 from sd.problems import EMBEDDED, read_problems
@@ -23,7 +24,7 @@ METRICS = ("avg", "maj", "pass")
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Evaluates one checkpoint and prints what it found."""
-    start = time.time()
+    start = time.monotonic()
     model, tokenizer, config = open_solver(folder, args)
     problems = read_problems(args.test)
     without = sum(not p.solution for p in problems)
@@ -33,7 +34,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     scores = evaluate(model, tokenizer, problems, args.samples, config, context=args.context)
     result = {"folder": str(folder), "test": str(args.test), "context": args.context,
               "seed": config.seed, "temperature": config.temperature, **scores.summary(),
-              "seconds": round(time.time() - start, 1)}
+              "seconds": round(time.monotonic() - start, 1)}
     who = f"self-teacher with {args.context}" if args.context else "student"
     print(f"{folder} ({who}): {len(problems)} {args.test.stem} problems, {args.samples} samples "
           f"each, {result['seconds']} s")
@@ -45,6 +46,17 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     print(f"  mean length {result['mean_length']:.1f} tokens, "
           f"truncated {result['truncated']:.1f} %", flush=True)
     return result
+
+
+def of_one_setting(folders: list[Path]) -> bool:
+    """Whether several checkpoints are the same one of runs that differ in their seeds alone."""
+    try:
+        runs = [read_run_config(folder.resolve().parent / "config.json") for folder in folders]
+    except UserError:
+        return False
+    settings = {(replace(run, seed=0, out=""), folder.resolve().name)
+                for run, folder in zip(runs, folders)}
+    return 1 < len({run.seed for run in runs}) == len(runs) and len(settings) == 1
 
 
 @command("eval.py", __doc__)
@@ -61,7 +73,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     for folder in args.folders:
         read_config(folder)                     # a wrong one is told before the others are measured
     results = [measure(folder, args) for folder in args.folders]
-    if len(results) > 1:
+    if of_one_setting(args.folders):
         print(f"mean ± standard deviation over {len(results)} checkpoints")
         for name in METRICS:
             key = f"{name}@{args.samples}"

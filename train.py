@@ -80,8 +80,9 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
             ranks.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
             rows = ranks.gather([r.row() for r in rollouts])
+            rows.sort(key=lambda row: row["id"])        # so the same problems are logged again
             run.log_rollouts(step + 1, rows[:LOGGED])
-            refuse_nonsense(step + 1, loss, norm, rows)
+            refuse_nonsense(run, step + 1, loss, norm, rows)
 
             # 4. step
             optimizer.step()
@@ -166,21 +167,23 @@ def count_steps(config: Config, stream: int, validation: int, ranks: Ranks) -> i
     return min(config.steps or steps, steps)
 
 
-def refuse_nonsense(step: int, loss: float, norm: float, rows: list[dict]) -> None:
+def refuse_nonsense(run: RunFolder, step: int, loss: float, norm: float, rows: list[dict]) -> None:
     """Nothing is learned from a loss that is not finite, or from a critic that cannot be used.
 
-    Raises FloatingPointError for the one and UserError for the other, before the step is taken.
+    Raises FloatingPointError for the one and, at the third step in a row without one usable
+    critique, UserError for the other, before the step is taken. A resumed run counts on.
     """
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step}: the loss is {loss} and its gradient norm {norm:.3g}; nothing was "
             "updated. Begin again with a lower --lr, or look at the run's rollouts.jsonl")
     reasons = [row.get("malformed") for row in rows]
-    if step == 1 and len(rows) >= 8 and all(reasons):
+    run.useless_steps = run.useless_steps + 1 if all(reasons) else 0
+    if run.useless_steps > 2:
         raise UserError(
-            f"step 1: all {len(rows)} critiques are malformed, the first one: {reasons[0]}; "
-            "nothing was updated. They are in the run's rollouts.jsonl; begin again with more "
-            "--critic-tokens or another --critic")
+            f"step {step}: in three steps all critiques were malformed, now because: {reasons[0]}; "
+            "look at the run's rollouts.jsonl, then repair the critic and resume, or begin again "
+            "with more --critic-tokens or another --critic")
 
 
 def averages(rows: list[dict]) -> dict:
@@ -201,6 +204,8 @@ def main(parser: argparse.ArgumentParser) -> None:
     config, args = parse_config(parser)
     ranks = Ranks(config.torch_device)
     with RunFolder(config, ranks, args.resume) as run:
+        if config.cond == "critique" and "://" in config.critic:
+            run.say(f"the critic, which gets OPENAI_API_KEY if it is set: {config.critic}")
         train(config, run, ranks)
         test = (f"python eval.py {shlex.quote(f'{run.path}/best')} "
                 f"--temperature {config.temperature} --max-new-tokens {config.max_new_tokens}")

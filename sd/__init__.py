@@ -39,9 +39,12 @@ def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[
                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
             try:
                 main(parser)
+                print(end="", flush=True)       # if it cannot be written, that is told below
                 return 0
             except (UserError, OSError, FloatingPointError) as error:
                 status, message = 2, str(error)
+                if isinstance(error, OSError) and not error.filename:
+                    message = f"standard output: {error}"
             except KeyboardInterrupt as stop:
                 status, message = 128 + getattr(stop, "number", 2), "stopped"
             except (RuntimeError, MemoryError) as error:

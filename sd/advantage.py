@@ -50,7 +50,9 @@ from sd.steps import TAGS, Step, Trace, parse, token_span
 KINDS = ("correct steps before", "wrong step up to error", "first wrong token", "after it")
 MASS = "A<0: share on wrong step"
 SHOWN = 12              # rollouts on the page
-INTERVAL = "{mean:.2f} [{low:.2f}, {high:.2f}]"
+ABOVE = (0.3, 1, 3, 10, 30, 100, 1000, 1e4, 1e5)
+TICKS = (*(-tick for tick in reversed(ABOVE)), 0, *ABOVE)
+INTERVAL = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]"      # z: no -0.00
 COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}")
 COLUMNS[MASS] = "{mean:.0%} [{low:.0%}, {high:.0%}]"
 TEMPLATE = Path(__file__).parent / "run/pages/advantage.html"
@@ -259,9 +261,11 @@ def table(summary: dict) -> str:
 def figure(summary: dict) -> str:
     """The means as bars with intervals, an SVG."""
     cells = [numbers[kind] for numbers in summary.values() for kind in KINDS if kind in numbers]
-    low = min(-20, *(cell["low"] for cell in cells))    # mostly the same, so that figures compare
+    low = min(-10, *(cell["low"] for cell in cells))
     high = max(1, *(cell["high"] for cell in cells))
-    x = axis(low, high, 84, 320, symlog)
+    low = max(tick for tick in TICKS if tick <= low)    # mostly the same, so that figures compare
+    high = min(tick for tick in TICKS if tick >= high)
+    x = axis(low, high, 84, 350, symlog)
     marks, y = [], 30
     for kind in KINDS:
         if kind not in summary["grpo"]:
@@ -274,13 +278,14 @@ def figure(summary: dict) -> str:
                 text(76, y, name, "end"),
                 bar(x(0), x(m["mean"]), y - 4, "blue" if m["mean"] > 0 else "orange"),
                 interval((x(m["low"]), y - 4), (x(m["high"]), y - 4)),
-                text(456, y, INTERVAL.format(**m).replace("-", "\u2212"), "end")]
+                text(496, y, INTERVAL.format(**m).replace("-", "\u2212"), "end")]
         y += 34
     marks += [
         text(16, y + 12, "mean A\u209c in nats, 95 % interval over problems;", "grey"),
         text(16, y + 27, "logarithmic scale, linear about 0", "grey")]
-    marks = ticks(x, (-10, -3, -1, -0.3, 0, 0.3, 1), 34, y - 26, vertical=True) + marks
-    return document("Mean advantage by kind of token, for each context", 472, y + 40, marks)
+    shown = [tick for tick in TICKS if low <= tick <= high]
+    marks = ticks(x, shown, 34, y - 26, vertical=True) + marks
+    return document("Mean advantage by kind of token, for each context", 512, y + 40, marks)
 
 
 def page(rows: list[Row], summary: dict, about: str) -> str:

@@ -66,7 +66,7 @@ def align(rollout: Rollout, output: str) -> Critique:
     if any(map(_is_placeholder, steps)) or answer and _is_placeholder(answer.text):
         return malformed(output, "echo of the prompt")
     if answer is None or not answer.closed:
-        return malformed(output, "cut off")
+        return malformed(output, "no complete answer")
     if not steps:
         return malformed(output, "no steps")
     if not equal(answer.text, rollout.problem.answer):

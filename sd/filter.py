@@ -12,6 +12,7 @@ problem; its first copy is kept.
 """
 import json
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 
 from sd import UserError, command
 from sd.config import Config, open_solver, sampling_options
-from sd.llm.checkpoint import write_atomic
+from sd.llm.checkpoint import append_rows, write_atomic
 from sd.llm.sampling import uniforms
 from sd.problems import EMBEDDED, Problem, read_problems, write_problems
 from sd.prompts import student_prompt
@@ -96,22 +97,26 @@ def main(parser) -> None:
           "the same command, if stopped, goes on from there", flush=True)
 
     hard = []
+    enough = args.enough or len(problems)
+    known, start = len(counts), time.monotonic()
     per_call = max(1, config.sample_batch // args.samples)
     for at in range(0, len(problems), per_call):
         part = problems[at:at + per_call]
         new = [p for p in part if key(p) not in counts]
         if new:
             counted = count(model, tokenizer, new, args.samples, config)
-            with open(path, "a", encoding="utf-8") as file:
-                for p, correct in zip(new, counted):
-                    counts[key(p)] = correct
-                    row = {"id": p.id, "problem": key(p), "correct": correct}
-                    file.write(json.dumps(row) + "\n")
+            counts |= {key(p): correct for p, correct in zip(new, counted)}
+            append_rows(path, [{"id": p.id, "problem": key(p), "correct": counts[key(p)]}
+                               for p in new])
         hard += [p for p in part if args.min_correct <= counts[key(p)] <= args.max_correct]
-        print(f"{at + len(part)} of {len(problems)}  kept {len(hard)}", flush=True)
-        if 0 < args.enough <= len(hard):
+        hard = hard[:enough]
+        tried = at + len(part)
+        total = min(len(problems), tried * enough / max(1, len(hard)))      # expected to be tried
+        each = (time.monotonic() - start) / max(1, len(counts) - known)     # seconds
+        print(f"{tried} of {len(problems)}  kept {len(hard)}  {each * (total - tried):.0f} s left",
+              flush=True)
+        if len(hard) == enough:
             break
-    hard = hard[:args.enough or None]
     write_problems(args.out, hard)
     print(f"written: {args.out}, {len(hard)} of {len(problems)} problems, "
           f"with {args.min_correct} to {args.max_correct} right of {args.samples}")

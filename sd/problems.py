@@ -2,9 +2,10 @@
 
 `solution` is what the `ref` condition shows; other fields are ignored. A missing id is made of the
 file's name and the line (train-17); null counts as missing. An answer or an id may be a whole
-number, but not 2.50, which would become 2.5, and not a boolean. No two lines may share an id, since
-results are kept by id. A byte order mark, Windows line ends and empty lines are skipped. Control
-characters are kept in texts, refused in ids, and never quoted in an error.
+number, but not 2.50, which would become 2.5, and not a boolean; an answer that is a whole solution
+is read as a rollout is. No two lines may share an id, since results are kept by id. A byte order
+mark, Windows line ends and empty lines are skipped. Control characters are kept in texts, refused
+in ids and (those that LaTeX with single backslashes becomes) in answers, never quoted in an error.
 """
 import json
 import re
@@ -12,7 +13,8 @@ from codecs import BOM_UTF8
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sd import UserError
+from sd import UserError, steps
+from sd.answers import final_answer
 from sd.llm.checkpoint import write_atomic
 
 EMBEDDED = Path(__file__).parent / "task/assets"        # the embedded solver and its problems
@@ -62,7 +64,9 @@ def _problem(line: bytes, default_id: str) -> Problem:
         raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1})") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    return Problem(_text(row, "id", default_id), _text(row, "problem"), _text(row, "answer"),
+    answer = _text(row, "answer")
+    return Problem(_text(row, "id", default_id), _text(row, "problem"),
+                   final_answer(steps.parse(answer), truncated=False) or answer,
                    _text(row, "solution", ""))
 
 
@@ -80,6 +84,9 @@ def _text(row: dict, field: str, default: str | None = None) -> str:
         raise ValueError(f"field {field!r} holds half of a surrogate pair")
     if field != "solution" and not text.strip():
         raise ValueError(f"field {field!r} is empty")
+    if field == "answer" and re.search(r"[\b\t\f]|\r(?!\n)", text):
+        raise ValueError("field 'answer' holds a tab, backspace, form feed or lone carriage return: "
+                         r"in JSON, \frac is written \\frac")
     if field == "id" and (len(text) > LONGEST_ID or not text.isprintable()):
         raise ValueError(f"field 'id' must be at most {LONGEST_ID} printable characters")
     return text

@@ -1,4 +1,4 @@
-"""How runs went: one page with their curves, a table, and rollouts from their first and last step.
+"""How runs went: one page with their scores, curves, and what they wrote before and after training.
 
     python -m sd.report runs/ref-seed0                  writes report.html there, as train.py does
     python -m sd.report runs/table-* --out table.html   several at once, a colour per condition
@@ -11,16 +11,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from sd import UserError, command
-from sd.config import MACHINE
+from sd.config import MACHINE, Config
 from sd.llm.checkpoint import write_atomic
 
 CURVES = ("rollouts", "loss", "reward", "entropy", "length", "truncated", "grad_norm")
-SAMPLE = ("problem", "trace", "reward", "truncated", "critique", "case", "malformed")
+SAMPLE = ("step", "problem", "right_answer", "reference", "trace", "reward", "truncated",
+          "critique", "case", "malformed", "shortened")
 SCORE = "val_avg@"
-NOT_COMPARED = {"cond", "seed", "out"} | MACHINE     # shown apart, or changes no result
+SHOWN = 6               # problems of a run
 TEMPLATE = Path(__file__).parent / "run/pages/report.html"
 
 
@@ -70,15 +72,24 @@ def read_curves(path: Path) -> dict:
     return {"train": train, "val": val, "k": k, "seconds": seconds}
 
 
-def read_samples(path: Path) -> list[list[dict]]:
-    """The rollouts of the first and of the last step that rollouts.jsonl has."""
-    first, last = [], []
+def read_samples(path: Path) -> list[list[list[dict]]]:
+    """Some problems; of each the rollouts of the first and of the last step that logged it.
+
+    Those that lie furthest apart come first. If none was logged at two steps, these are the first
+    problems and the last.
+    """
+    problems = {}               # problem -> step -> its rollouts there
     for row in read_rows(path):
-        if last and row["step"] != last[0]["step"]:
-            first = first or last
-            last = []
-        last.append({key: row.get(key) for key in ("step", *SAMPLE)})
-    return [rows for rows in (first, last) if rows]
+        steps = problems.setdefault(row.get("problem"), {})
+        steps.setdefault(row["step"], []).append({key: row.get(key) for key in SAMPLE})
+        if len(steps) == 3:
+            del steps[sorted(steps)[1]]
+    every = list(problems.values())
+    shown = [steps for steps in every if len(steps) == 2]
+    shown.sort(key=lambda steps: min(steps) - max(steps))
+    half = SHOWN // 2
+    shown = shown[:SHOWN] or every[:half] + every[half:][-half:]
+    return [list(steps.values()) for steps in shown]
 
 
 def read_run(folder: Path) -> dict:
@@ -105,17 +116,10 @@ def script_json(value) -> str:
 
 
 def page(runs: list[dict]) -> str:
-    """The template filled with the runs; of their options, only those in which they differ."""
-    differ = []
-    for name, value in runs[0]["options"].items():
-        same = all(run["options"].get(name) == value for run in runs)
-        if not same and name not in NOT_COMPARED:
-            differ.append(name)
-    shown = []
-    for run in runs:
-        shown.append(run | {"options": {name: run["options"].get(name) for name in differ}})
-    data = script_json({"runs": shown})
-    return TEMPLATE.read_text(encoding="utf-8").replace("<!--DATA-->", data)
+    """The template filled with the runs, each option's default, and the options of the machine."""
+    data = {"runs": runs, "defaults": asdict(Config()), "machine": sorted(MACHINE)}
+    html = TEMPLATE.read_text(encoding="utf-8")
+    return html.replace("<!--DATA-->", script_json(data))
 
 
 def write_report(folders: list[Path], file: Path) -> None:

@@ -57,7 +57,9 @@ class Rollout:
 
     def row(self) -> dict:
         """What rollouts.jsonl keeps."""
-        row = {"id": self.problem.id, "problem": self.problem.problem, "trace": self.trace.text,
+        row = {"id": self.problem.id, "problem": self.problem.problem,
+               "right_answer": self.problem.answer, "reference": self.problem.solution,
+               "trace": self.trace.text,
                "reward": self.reward, "tokens": len(self.completion), "truncated": self.truncated,
                "nats": -self.logprobs.sum().item(),             # -log p of the completion
                "signal": self.has_gradient}

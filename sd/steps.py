@@ -24,7 +24,7 @@ class Step:
 class Trace:
     text: str
     steps: list[Step]
-    answer: Step | None  # the last answer wins
+    answer: Step | None  # the last that is closed and says anything, or else the last
 
 
 def parse(text: str) -> Trace:
@@ -42,7 +42,7 @@ def parse(text: str) -> Trace:
         step = Step(text[tag.end():inner_end].strip(), tag.start(), end, closed)
         if number:
             steps.append(step)
-        else:
+        elif closed and step.text.strip(".… ") or not (answer and answer.closed):
             answer = step
     return Trace(text, steps, answer)
 

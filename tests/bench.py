@@ -21,6 +21,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -52,10 +53,14 @@ def projection_weights(model) -> int:
 
 
 def machine(args, device, _) -> dict:
-    """Bytes per second (read and written), floating-point operations per second in the model's dtype."""
-    a = torch.rand(COPIED, device=device)
+    return limits(args.torch_dtype, device, COPIED, SIDE)
+
+
+def limits(dtype, device, copied: int, side: int) -> dict:
+    """Bytes per second (read and written), floating-point operations per second in `dtype`."""
+    a = torch.rand(copied, device=device)
     b = torch.empty_like(a)
-    x = torch.randn(SIDE, SIDE, device=device).to(args.torch_dtype)
+    x = torch.randn(side, side, device=device).to(dtype)
     copies, products = [], []
     for _ in range(5):
         clock = Clock()
@@ -65,18 +70,22 @@ def machine(args, device, _) -> dict:
             x @ x
         copies.append(clock["copy"])
         products.append(clock["product"])
-    return {"copy GB/s": 8 * COPIED / min(copies) / 1e9,
-            "GFLOP/s": 2 * SIDE ** 3 / min(products) / 1e9}
+    return {"copy GB/s": 8 * copied / min(copies) / 1e9,
+            "GFLOP/s": 2 * side ** 3 / min(products) / 1e9}
 
 
 def generation(args, device, _) -> dict:
     model, tokenizer = load(args.model, args.torch_dtype, device)
-    shape = model.config
-    prompts = words(tokenizer, args.batch, args.prompt, 0)
+    return generate(args, model, words(tokenizer, args.batch, args.prompt, 0))
 
-    def generate(new):
+
+def generate(args, model, prompts: list[list[int]], repeat: int = 1) -> dict:
+    """Prefill and decoding, medians of `repeat` times."""
+    shape = model.config
+
+    def draw(new):
         sample(model, prompts, NEVER, new, 1.0, 1, uniforms(args.batch, new, 0), args.compile)
-    times = generation_times(args, generate)
+    times = generation_times(args, draw, repeat)
     projections = projection_weights(model)
     weights = projections + shape.vocab_size * shape.hidden_size
     slots = args.prompt + args.tokens / 2       # on average
@@ -90,24 +99,31 @@ def generation(args, device, _) -> dict:
 def step(args, device, cond: str) -> dict:
     """The second of two steps as train.py takes them: by then AdamW's moments exist."""
     model, tokenizer = load(args.model, args.torch_dtype, device)
-    projections = projection_weights(model)
+    group = args.batch if cond == "grpo" else 1
+    prompts = words(tokenizer, args.batch // group, args.prompt, 0)
+    contexts = words(tokenizer, args.batch, args.tokens, 1)
+    seconds = step_times(args, model, cond, prompts, contexts, 2)[-1]
+    return {"seconds": seconds,
+            "flop": step_flop(args, model.config, projection_weights(model), distilled=cond != "grpo")}
+
+
+def step_times(args, model, cond: str, prompts, contexts, steps: int) -> list[Clock]:
+    """Several steps as train.py takes them, each by part; `prompts` are one for all rollouts in grpo."""
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2.0 * args.lora_rank, 0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
     config = Config(cond=cond, temperature=1.0, micro_batch=args.micro_batch, compile=args.compile)
     teacher = None if cond == "grpo" else Teacher(args.teacher, model, 0.95)
-    group = args.batch if cond == "grpo" else 1
-    prompts = words(tokenizer, args.batch // group, args.prompt, 0)
-    contexts = words(tokenizer, args.batch, args.tokens, 1)
+    group = args.batch // len(prompts)
     noise = uniforms(args.batch, args.tokens, 0)
     completion_hidden = conditions.completion_hidden
 
     def timed(*inputs):
         with clock("student forward" if torch.is_grad_enabled() else "teacher"):
             return completion_hidden(*inputs)
-    conditions.completion_hidden = timed
-    for _ in range(2):
+    clocks = []
+    for _ in range(steps):
         clock = Clock()
         with clock("sample"):
             out = sample(model, prompts, NEVER, args.tokens, 1.0, group, noise, args.compile)
@@ -115,26 +131,32 @@ def step(args, device, cond: str) -> dict:
             with clock("critic"):               # it reads problem, trace and solution
                 read = [p + c + p for p, c in zip(prompts, contexts)]
                 sample(teacher.model, read, NEVER, args.tokens, 0.0, compile=args.compile)
-        rollouts = []
-        for i, completion in enumerate(out.completions()):
-            prompt = prompts[i // group]
-            rollout = Rollout(Problem("", "", ""), prompt, completion, out.logprobs[i], truncated=True,
-                              trace=parse(""), answer=None, reward=0.0)
-            if cond == "grpo":
-                rollout.advantage = (-1.0) ** i
-            else:
-                rollout.teacher_prompt = prompt + contexts[i]
-            rollouts.append(rollout)
-        with clock("loss and backward"):
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        rollouts = made_up(cond, repeated, contexts, out.completions())
+        with clock("loss and backward"), patch.object(conditions, "completion_hidden", timed):
             accumulate(model, teacher, rollouts, config, args.batch * args.tokens)
         with clock("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
             if teacher:
                 teacher.update(model)
-    conditions.completion_hidden = completion_hidden
-    clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
-    return {"seconds": clock, "flop": step_flop(args, model.config, projections, distilled=cond != "grpo")}
+        clock["loss and backward"] -= clock["student forward"] + clock["teacher"]
+        clocks.append(clock)
+    return clocks
+
+
+def made_up(cond: str, prompts, contexts, completions) -> list[Rollout]:
+    """Rollouts of these tokens, with an advantage or a teacher's prompt that mean nothing."""
+    rollouts = []
+    for i, (prompt, context, completion) in enumerate(zip(prompts, contexts, completions)):
+        rollout = Rollout(Problem("", "", ""), prompt, completion, torch.zeros(0), truncated=True,
+                          trace=parse(""), answer=None, reward=0.0)
+        if cond == "grpo":
+            rollout.advantage = (-1.0) ** i
+        else:
+            rollout.teacher_prompt = prompt + context
+        rollouts.append(rollout)
+    return rollouts
 
 
 def step_flop(args, shape, projections: int, distilled: bool) -> dict:

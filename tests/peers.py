@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -43,19 +44,25 @@ def words(tokenizer, rows: int, tokens: int, seed: int) -> list[list[int]]:
     return [rng.choices(whole or range(tokenizer.vocab_size), k=tokens) for _ in range(rows)]
 
 
-def generation_times(args, draw) -> dict:
+def generation_times(args, draw, repeat: int = 1) -> dict:
     """Times `draw(n)`, which generates n tokens: the prefill with the first token, and all further tokens.
+
+    Medians of `repeat` times.
 
     For one token our weights are not packed. For more they are: packing, and the faster prefill that comes of
     it, both count as decoding.
     """
-    clock = Clock()
+    clocks = []
     draw(args.tokens if args.compile else 2)            # one-off set-up is not counted
-    with clock("prefill"):
-        draw(1)
-    with clock("all"):
-        draw(args.tokens)
-    prefill, decode = clock["prefill"], max(clock["all"] - clock["prefill"], 1e-9)      # both are noisy
+    for _ in range(repeat):
+        clock = Clock()
+        with clock("prefill"):
+            draw(1)
+        with clock("all"):
+            draw(args.tokens)
+        clocks.append(clock)
+    prefill, whole = (median(clock[part] for clock in clocks) for part in ("prefill", "all"))
+    decode = max(whole - prefill, 1e-9)                 # both are noisy
     return {"seconds": {"prefill": prefill, "decode": decode},
             "decode tokens/s": args.batch * (args.tokens - 1) / decode}
 

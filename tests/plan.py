@@ -5,8 +5,9 @@
 It takes the options of train.py. Only one phase of a step is live at a time: the peak is what always
 stays plus the largest phase. Assumed: prompts of PROMPT tokens, contexts and solutions as long as a
 rollout, rollouts of --max-new-tokens, and evaluations that fill --sample-batch. The teacher's pass
-needs less than the student's. test_plan.py compares with what runs on a CPU took; nobody has
-compared it with a GPU.
+needs less than the student's. With --compile on CUDA, all CUDA graphs stay that compile.py keeps.
+test_plan.py compares with what runs on a CPU took; nobody has compared it with a GPU, as tests.gpu
+does on one.
 
 Simplified: left out are what an allocator wastes (leave a tenth free), weights that are packed on a
 CPU, and the gradient of the output projection while it is added to the others.
@@ -21,6 +22,7 @@ from sd import command
 from sd.conditions import CHUNK
 from sd.config import Config, parse_config
 from sd.llm.checkpoint import read_config
+from sd.llm.compile import GRAPHS, ROWS
 from sd.llm.lora import add_lora
 from sd.llm.model import ModelConfig, Transformer
 from sd.problems import EMBEDDED
@@ -30,6 +32,9 @@ PROMPT, SCRIBE = 256, 500       # tokens of a problem with its instruction; of t
 # float32 tensors of the logits' size that are alive at once
 ALIVE = {"forward": 7, "reverse": 7, "jsd": 13, "sampled": 5, "grpo": 3}
 RUNTIME = {"cpu": 0.31 * GIB, "cuda": 0.7 * GIB}        # Python and PyTorch; the CUDA context
+SEGMENT = 20 * 2 ** 20      # the allocator's least for a graph's logits
+# cuBLAS's, on each of the 32 streams that PyTorch captures on in turn: on a Hopper; elsewhere 8 MiB
+WORKSPACES = 32 * 32 * 2 ** 20
 
 
 def count(shape: ModelConfig, rank: int = 0) -> tuple[int, int]:
@@ -60,6 +65,23 @@ def layer_bytes(shape: ModelConfig, size: int, rank: int) -> int:
     return kept + (2 * heads + 4 * shape.intermediate_size + 7 * rank) * size
 
 
+def step_graphs(shape: ModelConfig, rows: int, size: int) -> float:
+    """Bytes of a model's captured decode steps: each keeps its logits, and works beside them."""
+    beside = 4 * rows * (shape.hidden_size + shape.intermediate_size) * size
+    return GRAPHS * (max(SEGMENT, rows * shape.vocab_size * size) + beside)
+
+
+def loss_graphs(shape: ModelConfig, tokens: int, alive: int, size: int) -> float:
+    """Bytes of the captured losses, of ROWS rows and each larger power of two up to `tokens`: copies of both
+    models' logits (grpo has one's) and a gradient, and the float32 tensors that are alive within."""
+    rows = ROWS
+    while rows < tokens:
+        rows *= 2
+    captured = 2 * rows - ROWS                  # ROWS + 2 ROWS + … + rows
+    copies = 2 if alive == ALIVE["grpo"] else 3
+    return captured * shape.vocab_size * (copies * size + 4 * alive)
+
+
 def needs(config: Config, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per device: of what stays, and of each phase of a step with a flag that lowers it."""
     shape = read_config(Path(config.model or EMBEDDED))
@@ -72,6 +94,7 @@ def needs(config: Config, ranks: int = 1) -> tuple[dict[str, float], dict[str, f
         stays["self-teacher"] = 4 * trained                             # frozen weights are shared
 
     rows = max(config.sample_batch, config.rollouts_per_problem, config.eval_samples)
+    graphs = WORKSPACES + step_graphs(shape, rows, size)
     phases = {"sampling (--sample-batch)": sampling(shape, rows, PROMPT, new, size)}
     rollouts = -(-config.batch // ranks) * config.rollouts_per_problem
     if config.cond == "critique" and config.critic != "symbolic" and "://" not in config.critic:
@@ -82,17 +105,28 @@ def needs(config: Config, ranks: int = 1) -> tuple[dict[str, float], dict[str, f
         rows = min(max(1, config.sample_batch // 4), rollouts)
         cache = sampling(critic, rows, read, config.critic_tokens, size)
         phases["critic (--critic-tokens)"] = cache
+        graphs += step_graphs(critic, rows, size)
 
     rows, width = min(config.micro_batch, rollouts), shape.hidden_size * size
     kept, backward = layer_bytes(shape, size, rank), 2 * shape.intermediate_size * size
     if config.recompute:
         kept, backward = width, backward + kept
-    logits = 4 * min(CHUNK, rows * new * shape.vocab_size)
-    logits *= ALIVE["grpo" if config.cond == "grpo" else config.divergence]
+    alive = ALIVE["grpo" if config.cond == "grpo" else config.divergence]
+    at_once = min(max(1, CHUNK // shape.vocab_size), rows * new)
+    logits = at_once * shape.vocab_size
+    if config.compile and device == "cuda":
+        stays["CUDA graphs (--compile)"] = graphs + loss_graphs(shape, at_once, alive, size)
+        logits *= 6 * size                      # both models' and a gradient, each padded, too
+    else:
+        logits *= 4 * alive
     tokens = rows * (PROMPT + new)
     kept *= tokens * shape.num_hidden_layers
     phases["training (--micro-batch)"] = kept + max(logits, backward * tokens)
-    phases["saving"] = 4 * total if rank else 12 * trained      # merged weights, or the state
+    if device == "cuda":
+        phases["optimiser"] = 4 * trained       # of all weights at once
+    phases["saving"] = 4 * total                # merged weights
+    if not rank:                                # the state, which goes from a GPU piece by piece
+        phases["saving"] = 12 * trained if device == "cpu" else 0
     return stays, phases
 
 

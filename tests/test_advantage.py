@@ -301,15 +301,22 @@ def test_the_page_shows_twelve_rollouts_at_most_spread_over_all():
         assert min(count, 7) <= len(few) <= 12 and few[0]["rollout"]["advantage"] == 0
 
 
-def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
+@pytest.mark.parametrize("longest, ends", [({}, (-10, 1)), ({"low": -16.8, "high": -0.001}, (-30, 1)),
+                                           ({"high": 3.2, "low": -400}, (-1000, 10))])
+def test_the_figure_is_an_svg_whose_bars_are_the_means_on_an_axis_beyond_the_longest(rows, longest, ends):
     summary = summarise(rows)
+    for of in summary.values():                 # so that the longest is the one given
+        for kind in KINDS:
+            of[kind] = {key: np.clip(value, -9.5, 0.95) for key, value in of[kind].items()}
+    summary["partial"]["first wrong token"] |= longest
     svg = ElementTree.fromstring(figure(summary))
     space = {"s": "http://www.w3.org/2000/svg"}
     labels = ["".join(t.itertext()) for t in svg.findall("s:text", space)]
     for name, of in summary.items():
         for kind in KINDS:
             assert kind in labels and name in labels
-            assert "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**of[kind]).replace("-", "\u2212") in labels
+            written = [f"{of[kind][key]:.2f}".replace("-0.00", "0.00") for key in ("mean", "low", "high")]
+            assert "{} [{}, {}]".format(*written).replace("-", "\u2212") in labels
     bars = [r for r in svg.findall("s:rect", space) if r.get("class") != "card"]
     assert len(bars) == 4 * 5 and {r.get("class") for r in bars} == {"blue", "orange"}
     assert any("logarithmic" in label for label in labels)
@@ -317,17 +324,18 @@ def test_the_figure_is_an_svg_whose_bars_are_the_means(rows):
     at = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
     whiskers = [p.get("d") for p in svg.findall("s:path", space) if p.get("class") == ""]
     means = [of[kind] for kind in KINDS for of in summary.values()]
-    # from -20 to 1, or to the ends of the intervals, in 236 pixels
-    whole = (np.log1p(-min(-20, *(m["low"] for m in means)) / 0.1)
-             + np.log1p(max(1, *(m["high"] for m in means)) / 0.1))
+    whole = np.log1p(-ends[0] / 0.1) + np.log1p(ends[1] / 0.1)         # in 266 pixels
+    grid = [p.get("d") for p in svg.findall("s:path", space) if p.get("class") == "grid"]
+    assert [float(re.match(r"M([\d.]+)", d)[1]) for d in (grid[0], grid[-1])] == [84, 350]
+    assert {f"{end:g}".replace("-", "\u2212") for end in ends} <= set(labels)
     for r, d, m in zip(bars, whiskers, means, strict=True):
         left, right = float(r.get("x")), float(r.get("x")) + float(r.get("width"))
         assert (r.get("class") == "blue") == (m["mean"] > 0)
         assert (left if m["mean"] > 0 else right) == pytest.approx(at, abs=0.2)
         low, high = map(float, re.match(r"M([\d.]+) .*L([\d.]+) ", d).groups())
-        assert 83.9 <= low <= (right if m["mean"] > 0 else left) + 0.1 <= high + 0.25 <= 320.3
+        assert 83.9 <= low <= (right if m["mean"] > 0 else left) + 0.1 <= high + 0.25 <= 350.3
         scaled = np.log1p(abs(m["mean"]) / 0.1)
-        assert abs(left - right) == pytest.approx(236 * scaled / whole, abs=0.2)
+        assert abs(left - right) == pytest.approx(266 * scaled / whole, abs=0.2)
 
 
 def browse(html, tmp_path, script=""):
@@ -335,7 +343,7 @@ def browse(html, tmp_path, script=""):
     file = tmp_path / "page.html"
     file.write_text(html + (f"<script>{script}</script>" if script else ""), encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--window-size=1200,900",
                "--dump-dom", file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
@@ -346,7 +354,17 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 
 @needs_chromium
 def test_a_browser_renders_every_token_in_every_context(rows, tmp_path):
-    dom = browse(page(rows[:1], summarise(rows), ABOUT), tmp_path)
+    visitor = ("""
+      const box = (id) => document.getElementById(id).getBoundingClientRect();
+      const wide = document.querySelector(".wide");
+      const overflows = (one) => one.scrollWidth > one.clientWidth, seen = [overflows(wide)];
+      seen.push(box("readout").top >= box("what").bottom, box("readout").bottom <= box("tokens").top);
+      document.querySelector("main").style.width = "390px";                   // a phone
+      seen.push(overflows(wide), overflows(document.documentElement));
+      document.documentElement.dataset.seen = JSON.stringify(seen);""")
+    dom = browse(page(rows[:1], summarise(rows), ABOUT), tmp_path, visitor)
+    cut_off, below, above, scrolls, page_scrolls = json.loads(re.search(r'data-seen="([^"]*)"', dom)[1])
+    assert not cut_off and below and above and scrolls and not page_scrolls
     assert "data-error" not in dom and "first wrong token" in dom
     cells = re.findall(r'<td class="([^"]*)" role="gridcell" tabindex="(-?\d)" aria-label="([^"]*)"', dom)
     assert len(cells) == 5 * len(rows[0].pieces) and [c[1] for c in cells].count("0") == 1

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import sd
 import train
 from sd.llm.checkpoint import load
 from sd.conditions import Teacher
@@ -187,6 +188,16 @@ def here(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize("names", ["critique/last ref/last", "seed 1/last seed 1/best", "critique/last again/last",
+                                   "critique/last critique/last", "critique/last seed 1/best"])
+def test_eval_gives_no_mean_but_over_seeds_of_one_setting(runs, here, tmp_path, names):
+    """It printed one over different conditions."""
+    few_problems(tmp_path)
+    folders = [next(iter(runs.values()))[0].parent / name for name in re.findall(r"\S.*?/\w+", names)]
+    result = here("eval.py", *folders, "--test", tmp_path / "val.jsonl", "--samples", 1)
+    assert result.returncode == 0 and result.stdout.count("mean length") == 2 and "±" not in result.stdout
+
+
 def test_eval_of_several_checkpoints_gives_mean_and_spread(runs, here, tmp_path):
     folders = [runs[name][0] / "last" for name in ("critique", "seed 1")]
     result = here("eval.py", *folders, "--test", EMBEDDED / "val.jsonl", "--samples", 1, "--json", tmp_path / "n.json")
@@ -215,7 +226,7 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["train.py", "--cond", "other"], "--cond"), (["train.py"], "--cond"),
     (["train.py", "--cond", "ref", "--nonsense", "1"], "--nonsense"),
     (["train.py", "--cond", "ref", "--lr", "-1"], "--lr"),
-    (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"),
+    (["train.py", "--cond", "ref", "--lr", "nan"], "--lr"), (["train.py", "--cond", "ref", "--lr", "1e38"], "--lr"),
     (["train.py", "--cond", "ref", "--steps", "-1"], "--steps"),
     (["train.py", "--cond", "grpo", "--group", "1"], "--group"),
     (["train.py", "--cond", "ref", "--divergence", "jsd", "--beta", "1"], "--beta"),
@@ -273,14 +284,61 @@ def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
     assert file.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_a_standard_output_that_takes_nothing_is_told(monkeypatch, capsys, kind):
+    """What was still unwritten as the command ended was lost; the sentence said not where there is no space."""
+    @sd.command("name", "about")
+    def main(parser):
+        print("a result")
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["name"])
+    with monkeypatch.context() as patch, open("/dev/full" if kind == "full" else writer, "w") as file:
+        patch.setattr(sys, "stdout", file)
+        status = main()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("name: standard output: ") and error.count("\n") == 1
+    assert main() == 0
+
+
+@pytest.mark.parametrize("fault", ["model", "log"])
+def test_a_file_that_fails_in_mid_run_is_told_and_the_run_goes_on(tmp_path, here, monkeypatch, fault):
+    """The sentence about a log on a full disk named no file."""
+    few_problems(tmp_path)
+    model, out, scores = shutil.copytree(EMBEDDED, tmp_path / "model"), tmp_path / "run", []
+    file = {"model": model / "config.json", "log": out / "metrics.jsonl"}[fault]
+
+    def evaluate(*of, **more):
+        scores.append(0.2 if scores else 0.1)
+        if len(scores) == 2:
+            file.rename(file.with_name("moved"))
+            if fault == "log":
+                file.symlink_to("/dev/full")
+        return Scores(1, *[np.array([scores[-1]])] * 3, 1.0, 0.0)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    result = here("train.py", "--cond", "ref", *SHORT, "--steps", 1, "--model", model, "--out", out,
+                  "--data", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl")
+    resume, told = result.stderr.splitlines()
+    assert result.returncode == 2 and resume.startswith("after step 1; go on with: ")
+    assert told.startswith(f"train.py: {file}: cannot be ")
+    file.with_name("moved").replace(file)
+    again = here("train.py", "--resume", out)
+    assert again.returncode == 0 and "Avg@1 20.00, at step 1;" in again.stdout
+    assert metadata(out / "best")["step"] == "1"
+
+
 @pytest.mark.parametrize("cond", ["ref", "grpo"])
-def test_nan_weights_stop_the_run_at_its_first_step(tmp_path, cond, here):
+def test_nan_weights_are_told_by_all_commands(tmp_path, cond, here):
     """Under grpo all rewards are 0, so the loss is 0 and finite: the run ended as if nothing was wrong."""
     folder = broken(tmp_path, "nan")
-    result = here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out")
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    resume, told = result.stderr.splitlines()
-    assert resume.startswith("after step 0; go on with: ") and told.startswith("train.py: the solver's prob")
+    refused(here("train.py", "--cond", cond, *SHORT, "--model", folder, "--out", tmp_path / "out"), "not finite")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    few_problems(tmp_path)
+    refused(here("eval.py", folder, "--test", tmp_path / "val.jsonl", "--samples", 1,
+                 "--temperature", 0 if cond == "ref" else 1), "not finite")
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, here):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import sd.llm.compile
 import sd.llm.sampling
@@ -22,6 +22,7 @@ from sd.llm.compile import Packed, check_compile, compiled, decode_step, next_lo
 from sd.llm.lora import add_lora, switch_off
 from sd.llm.model import Cache, ModelConfig, Transformer
 from sd.llm.sampling import CHECK_EVERY, draw, sample, uniforms
+from tests.cpu_graphs import WAITING, cpu_graphs
 
 CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-6,
@@ -31,7 +32,6 @@ PROMPTS = [[int(v) for v in torch.randint(1, 40, (n,), generator=torch.Generator
            for n in (2, 9, 1, 5, 12)]
 LOSSES = ["grpo", "forward", "reverse", "jsd", "sampled"]
 OPTIONS = (1.2, 0.3)        # temperature, beta
-WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 @pytest.fixture(scope="module")
@@ -76,55 +76,11 @@ def fresh():
     compiled.cache_clear()
 
 
-class CpuGraph:
-    """A CUDA graph on a CPU: it records operations with their tensors, and replays these at these addresses."""
-
-    def __init__(self):
-        self.calls = []
-
-    def replay(self):
-        for function, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-class Capturing(TorchDispatchMode):
-    """torch.cuda.graph"""
-
-    def __init__(self, graph, pool):
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in WAITING
-        out = function(*args, **(kwargs or {}))
-        bare = lambda t: t.detach() if isinstance(t, torch.Tensor) else t
-        self.graph.calls.append(tree_map(bare, (function, args, kwargs or {}, out)))
-        return out
-
-
 @pytest.fixture
-def graphs(fresh, monkeypatch):
+def graphs(fresh):
     """The path of CUDA on a CPU; all graphs that have been captured."""
-    made, backend = [], sd.llm.compile.cuda_graphs
-
-    def graph():
-        made.append(weakref.ref(one := CpuGraph()))
-        return one
-
-    def as_on_cuda(trace, examples):
-        with FakeTensorMode():
-            return backend(trace, [torch.empty(x.shape, dtype=x.dtype, device="cuda")
-                                    if isinstance(x, torch.Tensor) else x for x in examples])
-    monkeypatch.setattr(sd.llm.compile, "cuda_graphs", as_on_cuda)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capturing)
-    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: (0, 0))
-    for name in ("synchronize", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    return made
+    with cpu_graphs() as made:
+        yield made
 
 
 @pytest.fixture

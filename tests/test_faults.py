@@ -17,6 +17,7 @@ from sd import conditions
 from sd.answers import equal, final_answer
 from sd.problems import Problem
 from sd.rollouts import Critique, Rollout
+from sd.run import runs
 from sd.run.client import ChatClient
 from sd.steps import parse
 from sd.task.symbolic import SymbolicCritic
@@ -105,6 +106,7 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
         server.left = 100
         code, more = here("--resume", tmp_path / "run")
         assert code == 0 and server.keys == {"Bearer sk-very-secret"}, more
+        assert f"OPENAI_API_KEY if it is set: {url}#scribe" in more.splitlines()[0]
         server.shutdown()
     for name in ("best", "last"):
         one, other = (load_file(tmp_path / run / name / "model.safetensors") for run in ("run", "exact"))
@@ -114,13 +116,30 @@ def test_a_server_that_dies_in_mid_run_costs_nothing_and_its_key_is_written_nowh
     assert "very-secret" not in said + more
 
 
-def test_a_batch_without_one_critique_that_teaches_stops_the_run(tmp_path, here, monkeypatch, trainer):
-    """It trained on nothing, at a loss of 0, to its end."""
-    empty = lambda self, rollouts: [Critique("", "", malformed="cut off") for _ in rollouts]
-    monkeypatch.setattr(SymbolicCritic, "batch", empty)
-    code, text = here(*SHORT, *trainer.data, "--batch", 8, "--out", tmp_path / "run")
-    assert code == 2 \
-        and "step 1: all 8 critiques are malformed, the first one: cut off" in text.splitlines()[-1]
+def test_three_steps_in_a_row_without_one_critique_that_teaches_end_the_run(tmp_path, here, monkeypatch,
+                                                                            trainer):
+    """It trained on nothing, at a loss of 0, to its end. Resumed, it counts on from its state."""
+    usable, asked = SymbolicCritic.batch, []
+
+    def batch(self, rollouts):
+        asked.append(len(rollouts))
+        if len(asked) in (3, 8):
+            return usable(self, rollouts)
+        return [Critique("", f"text {len(asked)}", malformed=f"reason {len(asked)}") for _ in rollouts]
+
+    monkeypatch.setattr(SymbolicCritic, "batch", batch)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    code, text = here(*SHORT, *trainer.data, "--batch", 1, "--steps", 7, "--out", tmp_path / "run")
+    resume, last = text.splitlines()[-2:]
+    assert code == 2 and "step 6: in three steps" in last and "reason 6" in last, text
+    assert resume.startswith("after step 5; go on with") and asked == [1] * 6
+    rows = list(map(json.loads, (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()))
+    assert [row["critique"] for row in rows if row["malformed"]] == ["text 1", "text 2", "text 4", "text 5",
+                                                                     "text 6"]
+    code, text = here("--resume", tmp_path / "run")             # not repaired
+    assert code == 2 and "step 6: in three steps" in text.splitlines()[-1] and len(asked) == 7
+    code, text = here("--resume", tmp_path / "run")             # repaired
+    assert code == 0 and len(asked) == 9, text
 
 
 def test_a_malformed_critique_is_counted_and_its_rollout_trains_nothing(tmp_path, here, monkeypatch, trainer):

@@ -1,8 +1,12 @@
 """`python -m sd.filter`: counts of right rollouts, what is kept, and going on after a stop."""
 import json
+import re
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sd import filter
 from sd.llm.checkpoint import load
@@ -106,6 +110,35 @@ def test_it_stops_when_enough_are_kept(run, tmp_path):
     assert len((tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()) == 1 + 4
     assert run("--max-correct", "8")[0] == 0                            # and on
     assert len(read_problems(tmp_path / "hard.jsonl")) == 12
+
+
+def test_the_time_left_is_that_until_enough_are_kept(run, monkeypatch, tmp_path):
+    """Of 12 problems, two in each 10 seconds, of which one is kept."""
+    now = [0.0]
+
+    def count(model, tokenizer, problems, *of):
+        now[0] += 10
+        return [0, 9]
+
+    monkeypatch.setattr(filter, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(filter, "count", count)
+    assert re.findall(r"(\d+) s left", run("--enough", "3")[1]) == ["20", "10", "0"]
+    (tmp_path / "hard.jsonl.counts.jsonl").unlink()
+    assert re.findall(r"(\d+) s left", run("--enough", "9")[1]) == ["50", "40", "30", "20", "10", "0"]
+    counts = tmp_path / "hard.jsonl.counts.jsonl"
+    counts.write_text("".join(counts.read_text().splitlines(keepends=True)[:5]))
+    assert re.findall(r"(\d+) s left", run()[1])[2:] == ["30", "20", "10", "0"]      # four were counted before
+
+
+def test_a_solver_whose_weights_are_not_finite_counts_nothing(run, tmp_path):
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    status, _, errors = run("--model", str(model), problems=2)
+    assert status == 2 and "not finite" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "hard.jsonl").exists()
+    assert len((tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_counts_file_holds_a_short_line_per_problem(run, tmp_path):

@@ -147,6 +147,22 @@ def test_parts_come_and_go_with_their_options(qwen3):
         assert "critic" not in stays and CRITIC not in phases
 
 
+def test_cuda_graphs_are_counted_while_they_stay(qwen3):
+    """They came free of charge, though a captured loss holds its tensors to the end of the run."""
+    config = replace(qwen3, cond="critique", compile=True)
+    stays, phases = needs(config)
+    # 110 tokens' logits fit a chunk, so 32, 64 and 128 rows are captured: two models' logits and a gradient
+    # in bfloat16, seven tensors in float32; each step at least its logits, in a segment of 20 MiB
+    loss = 224 * 151936 * (3 * 2 + 7 * 4)
+    parts = stays["CUDA graphs (--compile)"] - loss - 16 * 20 * 2 ** 20 - 2 ** 30
+    assert 0 < parts < 0.1 * loss                       # what a step needs beside its logits
+    assert phases[TRAINING] <= needs(replace(config, compile=False))[1][TRAINING]
+    assert needs(replace(config, cond="grpo"))[0]["CUDA graphs (--compile)"] < loss + 2 ** 30
+    assert plan(config, 24).endswith(": fits 24 GiB, a tenth kept free")
+    for other in (replace(config, compile=False), replace(config, device="cpu")):
+        assert "CUDA graphs (--compile)" not in needs(other)[0]
+
+
 def test_no_fewer_rollouts_than_a_group_are_sampled_at_once(qwen3):
     """--sample-batch 4 was planned as 4 rows, but an evaluation samples a problem's 12 together."""
     four, twelve = (needs(replace(qwen3, sample_batch=rows))[1][SAMPLING] for rows in (4, 12))

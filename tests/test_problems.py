@@ -33,6 +33,11 @@ def test_a_problem_is_read_as_written(read):
     ({"id": 7}, Problem("7", "1+1", "2", "1+1=2")), ({"id": None}, Problem("p-1", "1+1", "2", "1+1=2")),
     ({"solution": None}, Problem("a", "1+1", "2", "")), ({"solution": ""}, Problem("a", "1+1", "2", "")),
     ({"problem": " \x00\x1b[31m\u2028é😀\r\n "}, Problem("a", " \x00\x1b[31m\u2028é😀\r\n ", "2", "1+1=2")),
+    ({"answer": "48/2 = 24\r\n24 + 48 = 72\n#### 72"}, Problem("a", "1+1", "72", "1+1=2")),
+    ({"answer": "… #### 15"}, Problem("a", "1+1", "15", "1+1=2")),
+    ({"answer": "<answer> 15 </answer>"}, Problem("a", "1+1", "15", "1+1=2")),
+    ({"answer": r"so $x = \boxed{\frac{1}{2}}$."}, Problem("a", "1+1", r"\frac{1}{2}", "1+1=2")),
+    ({"answer": r"$\frac{1}{2}$"}, Problem("a", "1+1", r"$\frac{1}{2}$", "1+1=2")),
     ({"id": "é" * 200}, Problem("é" * 200, "1+1", "2", "1+1=2")),
 ])
 def test_numbers_nulls_and_any_text_are_taken(read, fields, expected):
@@ -72,6 +77,9 @@ def test_a_line_of_ten_megabytes_is_read(read):
     (line(id="a\nb"), "'id' must be"),
     (line(problem="\ud800"), "'problem' holds half"), (line(answer="1\udfff"), "'answer' holds half"),
     (line(id="\udc80"), "'id' holds half"), (line(solution="\udc80"), "'solution' holds half"),
+    (line() + r'{"problem": "p", "answer": "\frac{1}{2}"}', ":2: field 'answer' holds a tab, backspace, form"),
+    (line(answer="2\times3"), r"\frac is written \\frac"), (line(answer="\boxed{3}"), "'answer' holds a tab"),
+    (line(answer="\right)"), "'answer' holds a tab"),
     (line() + "\n" + line(), ":3: field 'id' is 'a', as in line 1"),
     (line(id=7) + line(id="7"), ":2: field 'id' is '7', as in line 1"),
     ('{"problem": "p", "answer": "1"}\n' + line(id="p-1"), ":2: field 'id' is 'p-1', as in line 1"),

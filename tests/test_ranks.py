@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from sd import UserError
+from sd.run import ranks
 from sd.run.ranks import Ranks
 from sd.problems import EMBEDDED, write_problems
 from tests.conftest import easy_problems
@@ -61,7 +64,7 @@ def ahead(base):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)},
         text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)     # it is much slower beside other programs
     finally:
         process.terminate()
         process.wait()
@@ -131,23 +134,35 @@ def test_an_error_that_all_find_is_told_in_a_sentence_and_ends_all_processes(bas
 
 def test_a_step_without_any_gradient_has_none_with_two_processes_either(monkeypatch):
     """Zeros in its place moved AdamW on by its momentum; one process did nothing in such a step of grpo."""
-    ranks, elsewhere, parameters = (Ranks(torch.device("cpu")), 0.0,
-                                    [torch.nn.Parameter(torch.ones(2)) for _ in range(3)])
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(elsewhere))
-    ranks.world = 2
-    ranks.sum_gradients(parameters)
+    both, elsewhere, parameters = (Ranks(torch.device("cpu")), 0.0,
+                                   [torch.nn.Parameter(torch.ones(2)) for _ in range(3)])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **of: tensor.add_(elsewhere))
+    both.world, both.group = 2, None
+    both.sum_gradients(parameters)
     assert all(p.grad is None for p in parameters)
     elsewhere, parameters[1].grad = 2.0, torch.ones(2)
-    ranks.sum_gradients(parameters)
+    both.sum_gradients(parameters)
     assert [p.grad.tolist() for p in parameters] == [[2, 2], [3, 3], [2, 2]]
+
+
+def test_a_rank_whose_launcher_has_died_gives_up_soon(monkeypatch):
+    """It waited for two hours: as long as for another's longest rollouts."""
+    assert ranks.MEET.total_seconds() <= 120
+    monkeypatch.setattr(ranks, "MEET", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as taken:       # a port where nobody answers
+        address = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+    for name, value in address.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="another process of this run has ended"):
+        Ranks(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("world, count", [(1, 7), (2, 7), (3, 7), (4, 3), (8, 64)])
 def test_shares_cover_everything_once_and_differ_by_one(monkeypatch, world, count):
     shares = []
     for rank in range(world):
-        ranks = Ranks(torch.device("cpu"))
-        ranks.rank, ranks.world = rank, world
-        shares.append(list(range(count))[ranks.share(count)])
+        one = Ranks(torch.device("cpu"))
+        one.rank, one.world = rank, world
+        shares.append(list(range(count))[one.share(count)])
     assert sum(shares, []) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -11,7 +11,7 @@ import pytest
 import train
 from sd import UserError, report
 from sd.report import page, read_run, write_report
-from sd.problems import EMBEDDED
+from sd.problems import EMBEDDED, embedded
 
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & \ud800 \U0001f600"
 TRAINED = [
@@ -26,7 +26,9 @@ METRICS = [VALIDATED[0], *TRAINED, VALIDATED[1]]
 TRACE = ("<step_1> 7*8=56 </step_1>\n<step_2> 6*9=52 </step_2>\n"
          "<step_3> 56+52=108 </step_3>\n<answer> 108 </answer>")
 RIGHT = TRACE.replace("52", "54").replace("108", "110")
-WRONG = {"id": "a", "problem": "7*8 + 6*9", "trace": TRACE, "reward": 0.0, "tokens": 40, "truncated": False}
+WRONG = {"id": "a", "problem": "7*8 + 6*9", "right_answer": "110", "reference": "56 and 54",
+         "trace": TRACE, "reward": 0.0, "tokens": 40, "truncated": False,
+         "shortened": False}
 FED = WRONG | {"critique": RIGHT, "case": "D", "malformed": ""}
 GOOD = WRONG | {"trace": RIGHT, "reward": 1.0, "critique": RIGHT, "case": "A", "malformed": ""}
 
@@ -63,26 +65,24 @@ def test_the_page_holds_the_numbers_of_the_logs(tmp_path):
     assert run["val"] == {"step": [0, 2], "rollouts": [0, 64], "avg": [4.25, 63.24999999999999]}
     assert (run["name"], run["cond"], run["seed"], run["k"], run["seconds"]) == (
         "a", "critique", 3, "4", 131.4)
-    assert run["samples"] == [[{key: row[key] for key in ("step", *report.SAMPLE)}]
-                              for row in ({"step": 1, **FED}, {"step": 2, **GOOD})]
+    assert run["samples"] == [[[{key: row[key] for key in report.SAMPLE}]
+                               for row in ({"step": 1, **FED}, {"step": 2, **GOOD})]]
 
 
-def test_rollouts_are_those_of_the_first_and_the_last_logged_step(tmp_path):
-    rows = [{"step": step, **WRONG, "problem": f"{step} {i}"} for step in (2, 3, 5, 7) for i in range(3)]
-    shown = told(write_run(tmp_path / "a", rollouts=rows))["samples"]
-    assert [[row["problem"] for row in of] for of in shown] == [["2 0", "2 1", "2 2"], ["7 0", "7 1", "7 2"]]
-    assert all(row["critique"] is None for of in shown for row in of)
-    assert len(told(write_run(tmp_path / "b", rollouts=rows[:3]))["samples"]) == 1
-    (tmp_path / "b/rollouts.jsonl").unlink()            # stopped before the first step
-    assert told(tmp_path / "b")["samples"] == []
-
-
-def test_options_are_those_in_which_the_runs_differ_and_that_change_results(tmp_path):
-    runs = [read_run(write_run(tmp_path / str(i), seed=i, **config)) for i, config in enumerate(
-        [{}, {"lr": 2e-3, "micro_batch": 7}, {"lr": 2e-3, "teacher": "ema"}])]
-    assert [run["options"] for run in data_of(page(runs))] == [
-        {"lr": 1e-3, "teacher": "base"}, {"lr": 2e-3, "teacher": "base"}, {"lr": 2e-3, "teacher": "ema"}]
-    assert data_of(page(runs[:1]))[0]["options"] == {}
+@pytest.mark.parametrize("logged, shown", [     # problem and step of each rollout
+    ("c1 a1 b1 b2 c2 a4 c4 c4 a7 b7 d7", ["a1|a7", "b1|b7", "c1|c4c4"]),        # the longest times apart
+    ("a1 a1 b2 b2", ["a1a1", "b2b2"]),                                          # none was logged twice
+    ("a1 b2 c3 d4 e5 f6 g7 h8", ["a1", "b2", "c3", "f6", "g7", "h8"]),          # first and last ones
+    ("a1 b2 c3 d4 e5 f6 g7 a8 b8 c8 d8 e8 f8 g8", ["a1|a8", "b2|b8", "c3|c8", "d4|d8", "e5|e8", "f6|f8"]),
+    ("", []),
+])
+def test_a_problem_is_shown_when_it_first_came_up_and_when_it_last_did(tmp_path, logged, shown):
+    rows = [WRONG | {"problem": name, "step": int(step)} for name, step in logged.split()]
+    samples = told(write_run(tmp_path / "a", rollouts=rows))["samples"]
+    assert ["|".join("".join(f"{row['problem']}{row['step']}" for row in rows) for rows in steps)
+            for steps in samples] == shown
+    (tmp_path / "a/rollouts.jsonl").unlink()            # stopped before the first step
+    assert told(tmp_path / "a")["samples"] == []
 
 
 @pytest.mark.parametrize("end", ['{"step": 3, "loss": 0.1, "rew', "{", '{"step": 3, "id": "\\u20', "\0\0\0",
@@ -115,7 +115,8 @@ def test_what_is_not_finite_or_missing_is_null(tmp_path):
     assert run["train"]["step"] == [1, 2] and run["seconds"] == 1.5
     assert all(of == [None, None] for key, of in run["train"].items() if key != "step")
     assert run["val"] == {"step": [3, 4], "rollouts": [None, None], "avg": [None, 50]}
-    assert all(value is None for (row,) in run["samples"] for key, value in row.items() if key != "step")
+    assert [row["step"] for (row,) in run["samples"][0]] == [1, 9]
+    assert all(value is None for (row,) in run["samples"][0] for key, value in row.items() if key != "step")
 
 
 BROKEN = {      # name -> what breaks a run, the facts that its one sentence tells
@@ -169,22 +170,30 @@ def test_the_command_writes_into_the_run_or_beside_several(tmp_path, capsys, mon
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Runs train.py for a step; returns its exit status and its folder."""
+    """Runs train.py for two steps of the same two problems; returns its exit status and its folder."""
     for name in ("train", "val"):
         lines = (EMBEDDED / f"{name}.jsonl").read_text().splitlines(True)[:2]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     options = {"cond": "critique", "data": tmp_path / "train.jsonl", "val": tmp_path / "val.jsonl",
-               "batch": 2, "steps": 1, "eval-samples": 1, "out": tmp_path / "run"}
+               "batch": 2, "steps": 2, "seed": 2, "eval-samples": 1, "out": tmp_path / "run"}
     monkeypatch.setattr(sys, "argv", ["train.py", *(str(x) for name, x in options.items()
                                                     for x in (f"--{name}", x))])
     return lambda: (train.main(), tmp_path / "run")
 
 
-def test_a_run_ends_with_its_report(trained):
+def test_a_run_ends_with_its_report(trained, monkeypatch):
+    """It logs the rollouts of the same problem at each step, in whatever order they come up."""
+    monkeypatch.setattr(train, "LOGGED", 1)
     status, folder = trained()
     shown, = data_of((folder / "report.html").read_text())
     assert status == 0 and (shown["name"], shown["cond"], shown["k"]) == ("run", "critique", "1")
-    assert shown["train"]["step"] == [1] and shown["val"]["step"] == [0, 1] and len(shown["samples"][0]) == 2
+    assert shown["train"]["step"] == [1, 2] and shown["val"]["step"] == [0, 2]
+    ((before,), (after,)), = shown["samples"]
+    assert (before["step"], after["step"]) == (1, 2) and before["critique"]
+    problem = embedded("train")[0]
+    for row in before, after:
+        assert row["problem"] == problem.problem
+        assert (row["right_answer"], row["reference"]) == (problem.answer, problem.solution)
 
 
 def test_a_report_that_cannot_be_written_spoils_no_run(trained, monkeypatch, capsys):
@@ -202,7 +211,8 @@ def test_a_report_that_cannot_be_written_spoils_no_run(trained, monkeypatch, cap
 @pytest.fixture
 def evil(tmp_path):
     """The page of a run with markup wherever a run may have text."""
-    row = {"step": 1, **FED, "problem": EVIL, "trace": EVIL, "critique": EVIL + "\nx", "malformed": EVIL}
+    row = {"step": 1, **FED, "problem": EVIL, "trace": EVIL, "critique": EVIL + "\nx", "malformed": EVIL,
+           "right_answer": EVIL, "reference": EVIL}
     options = {"cond": EVIL, "seed": EVIL, "model": EVIL, EVIL: EVIL}
     runs = [read_run(write_run(tmp_path / "runs" / "<u>&", rollouts=[row], **options)),
             read_run(write_run(tmp_path / "runs" / "b",
@@ -212,7 +222,7 @@ def evil(tmp_path):
 
 def test_markup_in_a_run_stays_text(evil):
     run, other = data_of(evil)
-    shown = run["samples"][0][0]
+    shown = run["samples"][0][0][0]
     assert (shown["problem"] == shown["trace"] == shown["malformed"] == run["cond"] == run["seed"]
             == other["k"] == EVIL)
     assert run["name"] == "<u>&" and run["options"]["model"] == run["options"][EVIL] == EVIL
@@ -250,13 +260,14 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None,
 
 @pytest.fixture
 def three(tmp_path):
-    """Two seeds of critique and a grpo run with eight times the rollouts, which stopped a step earlier."""
+    """Two seeds of critique and a grpo run at another rate, which stopped a step earlier."""
     grpo = [VALIDATED[0], TRAINED[0] | {"rollouts": 256, "loss": 0.5, "seconds": 119.7},
             {"step": 1, "val_avg@4": 10}]
     better = [row | {"val_avg@4": 80.5} if row is VALIDATED[1] else row for row in METRICS]
     return page([read_run(folder) for folder in (
         write_run(tmp_path / "c0"), write_run(tmp_path / "c1", better, seed=1),
-        write_run(tmp_path / "g0", grpo, [{"step": 1, **WRONG}], cond="grpo"))])
+        write_run(tmp_path / "g0", grpo, [{"step": 1, **WRONG}], cond="grpo", lr=5e-4, device="cuda",
+                  teacher="ema"))])
 
 
 @needs_chromium
@@ -266,16 +277,29 @@ def test_a_browser_draws_every_curve_and_the_table(three, tmp_path):
     curves = re.findall(r'<path class="curve" style="--own: var\(--c(\d)\)" stroke-dasharray="([^"]*)" '
                         r'd="(M[^"]*)"', dom)
     assert len(curves) == 7 * 3
-    assert [(colour, dash) for colour, dash, _ in curves] == [("0", "none"), ("0", "none"), ("1", "7 3")] * 7
+    assert [(colour, dash) for colour, dash, _ in curves] == [("1", "7 3"), ("1", "7 3"), ("2", "2 3")] * 7
     assert [d.count("L") for *_, d in curves[:6]] == [2, 2, 2, 2, 2, 1]     # a first point is drawn to itself
     ys = [[float(y) for y in re.findall(r" ([\d.]+)", d)] for *_, d in curves[:3]]
     plot = lambda avg: pytest.approx(12 + (280 - 12 - 42) * (1 - avg / 100), abs=0.1)
     assert [y[-1] for y in ys] == [plot(63.25), plot(80.5), plot(10)]
+    rings = re.findall(r'<circle class="best mark" style="--own: var\(--c(\d)\)" r="6.5" cx="([^"]*)" '
+                       r'cy="([^"]*)"', dom)
+    ends = [d.rpartition("L")[2].split() for *_, d in curves[:3]]
+    assert [(c, float(x), float(y)) for c, x, y in rings] == [
+        (c, pytest.approx(float(x), abs=0.1), pytest.approx(float(y), abs=0.1))
+        for c, (x, y) in zip("112", ends, strict=True)]
+    assert re.findall(r">(best [^<]*)</text>", dom) == ["best 63.25, step 2", "best 80.50, step 2",
+                                                        "best 10.00, step 1"]
     table = re.search(r'<table class="runs".*?</table>', dom, re.S)[0]
-    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
-    assert rows == [["critique", "0", "63.25", "2", "63.25", "4.25", "2", "64", "2 min 11 s"],
-                    ["critique", "1", "80.50", "2", "80.50", "4.25", "2", "64", "2 min 11 s"],
-                    ["grpo", "0", "10.00", "1", "10.00", "4.25", "1", "256", "2 min 0 s"]]
+    titles, *rows = [re.findall(r"<t[dh][^>]*>([^<]*)<", row) for row in re.split("<tr[^>]*>", table)[1:]]
+    assert titles[1:] == ["condition", "best Avg@4", "at step", "first", "last", "seed", "lr", "teacher", "steps",
+                          "rollouts", "time"]               # device changes no result
+    assert [row[1:] for row in rows] == [
+        ["critique", "63.25", "2", "4.25", "63.25", "0", "0.001", "base", "2", "64", "2 min 11 s"],
+        ["critique", "80.50", "2", "4.25", "80.50", "1", "0.001", "base", "2", "64", "2 min 11 s"],
+        ["grpo", "10.00", "1", "4.25", "10.00", "0", "0.0005", "ema", "1", "256", "2 min 0 s"]]
+    assert re.findall('<tr class="top"><th[^>]*>.*?</th><td[^>]*>.*?</td><td[^>]*>([^<]*)', table) == ["80.50"]
+    assert "right answers: 71.88 % by critique (mean of 2 runs, 63.25 to 80.50); 10.00 % by grpo.</p>" in dom
 
 
 @needs_chromium
@@ -332,16 +356,50 @@ MARKED = [      # trace, critique, case, what is marked in the one and in the ot
 
 @needs_chromium
 def test_the_first_wrong_step_is_marked(tmp_path):
-    rows = [{"step": 1, **FED, "problem": str(i), "trace": trace, "critique": critique, "case": case}
-            for i, (trace, critique, case, _) in enumerate(MARKED)]
+    rows = [{"step": 1, **FED, "trace": trace, "critique": critique, "case": case}
+            for trace, critique, case, _ in MARKED]
     visitor = (
       """const texts = (within, of) => [...within.querySelectorAll(of)].map((one) => one.textContent);
       document.documentElement.dataset.seen = JSON.stringify(
-        [...document.querySelectorAll(".sample")].map((one) => """
-          """[texts(one, "p"), texts(one, "pre"), texts(one, "mark")]));""")
-    seen = noted(browse(page([read_run(write_run(tmp_path / "a", rollouts=rows))]), tmp_path, visitor))
-    assert seen == [[[str(i)], [trace, critique], marked]
-                    for i, (trace, critique, _, marked) in enumerate(MARKED)]
+        [...document.querySelectorAll(".rollout")].map((one) => [texts(one, "pre"), texts(one, "mark")]));""")
+    dom = browse(page([read_run(write_run(tmp_path / "a", rollouts=rows))]), tmp_path, visitor)
+    assert "from 4.25 % at step 0 to 63.25 % at step 2; the best is 63.25 %, at step 2.</p>" in dom
+    seen = noted(dom)
+    assert seen == [[[trace, critique], marked] for trace, critique, _, marked in MARKED]
+
+
+@needs_chromium
+def test_a_problem_stands_before_and_after_beside_its_answer_and_what_the_teacher_read(tmp_path):
+    visitor = ("""
+      const texts = (of) => [...document.querySelectorAll(of)].map((one) => one.textContent);
+      const samples = () => texts("article :is(h3, h4, small, summary, pre)");
+      const seen = [texts("#options .set"), texts("#options div").length, samples()];
+      for (const i of [1, 2]) {
+        document.getElementById("next").click();
+        seen.push(samples());
+      }
+      seen.push([...document.querySelectorAll("#charts figure:first-child path.curve")].map((one) => """
+        """one.getAttribute("style")));
+      document.documentElement.dataset.seen = JSON.stringify(seen);""")
+    more = {"trace": RIGHT, "reward": 1.0}
+    grpo = [{"step": 3, **WRONG}, {"step": 3, **WRONG, **more}, {"step": 9, **WRONG, "truncated": True}]
+    runs = [read_run(write_run(tmp_path / name, rollouts=rows, cond=cond, lr=4e-4, steps=5, model=model))
+            for name, rows, cond, model in (
+                ("g", grpo, "grpo", ""), ("r", [{"step": 1, **WRONG, **more}], "ref", ""),
+                ("c", [{"step": 1, **FED}, {"step": 2, **GOOD, "shortened": True}], "critique", ""),
+                ("c2", [], "critique", "mine"))]
+    assert noted(browse(page(runs), tmp_path, visitor)) == [
+        ["steps5"], 3,
+        ["7*8 + 6*9", "right answer: 110", "Before, step 3: ✗ wrong", TRACE, "1 more at this step, 1 right",
+         "✓ right", RIGHT, "After, step 9: ✗ wrong, truncated", TRACE,
+         "Reference solution, not shown to the solver", "56 and 54"],
+        ["7*8 + 6*9", "right answer: 110", "Step 1: ✓ right", RIGHT,
+         "Reference solution, shown to the self-teacher", "56 and 54"],
+        ["7*8 + 6*9", "right answer: 110", "Before, step 1: ✗ wrong", "rollout", TRACE,
+         "critique, shown to the self-teacher", RIGHT, "After, step 2: ✓ right", "rollout", RIGHT,
+         "critique, shown to the self-teacher, cut to fit", RIGHT],
+        ["--own: var(--c2)", "--own: var(--c0)", "--own: var(--c1)",
+         "--own: color-mix(in oklab, var(--c1) 55%, var(--ink))"]]      # a condition keeps its colour
 
 
 @needs_chromium
@@ -359,7 +417,7 @@ def test_odd_runs_are_drawn_too(tmp_path):
              for s, v in ((1, 1e308), (2, -1e308), (10**14, 0))]]
     runs = [read_run(write_run(tmp_path / str(i), rows[i] if i < 3 else METRICS, [], lr=1e-3 + i))
             for i in range(20)]
-    for some in runs, runs[:1], runs[1:2], runs[2:3]:
+    for some in runs, runs[1:2], runs[2:3]:
         dom = browse(page(some), tmp_path)
         assert "data-error" not in dom and dom.count('class="curve"') == 7 * len(some)
         assert dom.count("No rollout is logged.") == 2                          # once in the script
@@ -374,6 +432,6 @@ def test_a_failing_script_leaves_a_mark(three, tmp_path):
 def test_a_stored_run_of_several_megabytes_is_read_line_by_line(tmp_path):
     folder = write_run(tmp_path / "a",
                        rollouts=[{"step": s, **FED, "trace": "x" * 20_000} for s in range(200)])
-    assert [row["step"] for of in told(folder)["samples"] for row in of] == [0, 199]
+    assert [row["step"] for (row,) in told(folder)["samples"][0]] == [0, 199]
     write_report([folder], folder / "report.html")
     assert (folder / "report.html").stat().st_size < 120_000

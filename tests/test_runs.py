@@ -7,21 +7,27 @@ import shutil
 import signal
 import sqlite3
 import time
+from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from sd import Stopped, UserError
-from sd.llm.checkpoint import load
 from sd.conditions import Teacher
-from sd.config import read_run_config
+from sd.config import Config, read_run_config
+from sd.llm import checkpoint
+from sd.llm.checkpoint import load
 from sd.llm.lora import add_lora
+from sd.metrics import Scores
 from sd.problems import EMBEDDED, read_problems
+from sd.run import runs
 from sd.run.ranks import Ranks
 from sd.run.runs import RunFolder, StopRequest
 
@@ -160,9 +166,11 @@ def test_a_line_of_a_log_that_was_half_written_goes_when_the_run_goes_on(trainer
 def open_run():
     """A folder's run with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
     student = load(EMBEDDED)[0]
-    add_lora(student, 4, 8, 1)                          # other numbers than the run's
+    add_lora(student, 4, 8, 0)
+    initial = {name: p.clone() for name, p in student.state_dict().items()}
 
     def begin(folder):
+        student.load_state_dict(initial)
         config = read_run_config(folder / "config.json")
         run, problems = (RunFolder(config, Ranks(torch.device("cpu")), folder),
                          map(read_problems, map(Path, (config.data, config.val))))
@@ -224,14 +232,171 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole, tmp_path, here):
                       for path in out.rglob("*") if path.is_file()}
 
 
-def test_other_problems_than_the_runs_are_refused(whole, tmp_path, here):
-    out, data = tmp_path / "run", tmp_path / "train.jsonl"
+@pytest.mark.parametrize("change, told", [
+    ("weights", "the initial weights in --model are not those"), ("moved", ""),
+    ("data", "the problems in --data or --val are not those"),
+    ("lr", "the options in config.json are not those"), ("device", "")])
+def test_a_run_does_not_go_on_with_other_weights_problems_or_options(whole, tmp_path, here, change, told):
+    """A --model that was replaced by one of the same shape went on without a word. Files may lie elsewhere."""
+    out, data, model = tmp_path / "run", tmp_path / "train.jsonl", tmp_path / "model"
     shutil.copytree(whole[0] / "plain", out)
     config = json.loads((out / "config.json").read_text())
-    data.write_text("".join(Path(config["data"]).read_text().splitlines(keepends=True)[:-1]))
-    (out / "config.json").write_text(json.dumps(config | {"data": str(data)}))
+    lines = Path(config["data"]).read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:-1] if change == "data" else lines))
+    shutil.copytree(EMBEDDED, model)
+    if change == "weights":
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.01
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config |= {"data": str(data), "model": str(model)} | {"lr": {"lr": 2e-3}, "device": {"device": "cpu"}}.get(change, {})
+    (out / "config.json").write_text(json.dumps(config))
     code, text = here("--resume", out)
-    assert code == 2 and "the problems in --data or --val are not those" in text and text.count("\n") == 1
+    assert (code, "done." in text) == ((2, False) if told else (0, True)), text
+    assert told in text and (not told or text.count("\n") == 1)
+
+
+STEP = dict.fromkeys(["loss", "reward", "entropy", "length", "truncated", "rollouts"], 0)
+
+
+class Untrained:
+    """Runs of the embedded solver as `train` opens them, without training: to write, to break and to resume."""
+
+    def __init__(self, base):
+        self.student = load(EMBEDDED)[0].requires_grad_(False)
+        self.student.model.norm.weight.requires_grad_()
+        self.initial = self.student.model.norm.weight.detach().clone()
+        self.config = Config(cond="ref", out=str(base / "run"), eval_samples=1)
+
+    def __call__(self, resume=None, begin=True, **options):
+        self.fill(self.initial)
+        run = RunFolder(replace(self.config, **options), Ranks(torch.device("cpu")), resume)
+        return self.begin(run) if begin else run
+
+    def begin(self, run):
+        optimizer = torch.optim.AdamW([self.student.model.norm.weight])
+        run.begin(self.student, optimizer, None, 4, [])
+        return run
+
+    def fill(self, value):
+        with torch.no_grad():
+            self.student.model.norm.weight.copy_(value)
+
+    def step(self, run, step, score=None):
+        self.fill(torch.full((128,), float(step)))
+        run.stepped(step, STEP)
+        if score is not None:
+            run.evaluated(step, Scores(1, *[np.array([score])] * 3, 1.0, 0.0))
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    return Untrained(tmp_path)
+
+
+@pytest.mark.parametrize("fault, resumed, after", [
+    ("best", (1, 0.1), (3, 0.2)), ("state", (2, 0.3), (2, 0.3)),
+    ("gone", (0, -1), (3, 0.2)), ("half", (0, -1), (3, 0.2)), ("other version", (0, -1), (3, 0.2))])
+def test_best_holds_what_a_resumed_run_says_whatever_happened(untrained, monkeypatch, capsys, fault, resumed, after):
+    """A kill between best/ and the state: the run said step 1 and held step 2. Without best/, it went on as well."""
+    run, save = untrained(), runs.save_tensors
+    untrained.step(run, 1, 0.1)
+    best, written = run.path / "best/model.safetensors", []
+
+    def full(path, *more):                      # the disk, at the first or the second file of an evaluation
+        written.append(path)
+        if len(written) == {"best": 1, "state": 2}.get(fault):
+            raise UserError("full")
+        save(path, *more)
+
+    with monkeypatch.context() as patch, suppress(UserError):
+        for module in (runs, checkpoint):
+            patch.setattr(module, "save_tensors", full)
+        untrained.step(run, 2, 0.3)
+    run.__exit__(None, None, None)
+    if fault == "gone":
+        best.unlink()
+    elif fault == "half":
+        os.truncate(best, 1000)
+    elif fault == "other version":
+        save_file(load_file(best), best, {"format": "pt", "step": "2"})
+    run = untrained(run.path)
+    assert (run.best_at, run.best) == resumed
+    assert ("chooses it anew" in capsys.readouterr().out) == (resumed[1] == -1)
+    for expected in (resumed, after):
+        assert (run.best_at, run.best) == expected
+        if expected[0]:
+            assert set(load_file(best)["model.norm.weight"].tolist()) == {expected[0]}
+        untrained.step(run, 3, 0.2)
+
+
+def test_the_logs_are_on_the_disk_before_a_state_that_counts_on_them(untrained, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(Path(new).name), replace(old, new)))
+    run = untrained()
+    run.log_rollouts(1, [{"trace": "x"}])
+    untrained.step(run, 1, 0.1)
+    before = events[events.index("state-000000.safetensors"):events.index("state-000001.safetensors")]
+    assert {(run.path / name).stat().st_ino for name in ("metrics.jsonl", "rollouts.jsonl")} <= set(before)
+
+
+def test_a_clock_that_is_set_back_changes_no_seconds(untrained, monkeypatch):
+    run = untrained()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    untrained.step(run, 1, 0.1)
+    assert all(0 <= json.loads(line)["seconds"] < 60 for line in (run.path / "metrics.jsonl").open())
+
+
+def test_two_runs_begun_at_once_with_the_default_name_both_get_a_folder(untrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = [untrained(out="", begin=False) for _ in range(2)]
+    assert [str(untrained.begin(run).path) for run in both] == ["runs/ref-seed0", "runs/ref-seed0-2"]
+
+
+def test_paths_are_kept_absolute_and_what_is_no_path_as_it_is(untrained, tmp_path, monkeypatch):
+    """A run with relative paths could be resumed from its own working directory only."""
+    monkeypatch.chdir(tmp_path)
+    for i, critic in enumerate(("models/critic", "self", "http://host:8000/v1#models/critic")):
+        run = untrained(out=f"run{i}", model="m", data="d/train.jsonl", val="/val.jsonl", critic=critic)
+        config = read_run_config(run.path / "config.json")
+        assert (config.out, config.model, config.data, config.val) == (
+            str(tmp_path / f"run{i}"), str(tmp_path / "m"), str(tmp_path / "d/train.jsonl"), "/val.jsonl")
+        assert config.critic == (critic if i else str(tmp_path / critic))
+    assert read_run_config(untrained(out="plain").path / "config.json").model == ""
+
+
+def test_ranks_that_would_go_on_from_different_states_do_not_begin(untrained, tmp_path, monkeypatch):
+    """Each reads the folder by itself: two machines' may differ, and only rank 0's would be written on."""
+    run = untrained()
+    untrained.step(run, 1, 0.1)
+    run.__exit__(None, None, None)
+    shutil.copytree(run.path, tmp_path / "other")
+    (tmp_path / "other/state-000001.safetensors").unlink()
+    rows = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, mine: rows.extend(mine) or list(rows))
+    untrained(tmp_path / "other")
+    before = (run.path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="do not all find the same run"):
+        untrained(run.path)
+    assert (run.path / "metrics.jsonl").read_text() == before
+    rows.clear()
+    for name in ("one", "two"):                                 # the same state twice
+        assert untrained(shutil.copytree(run.path, tmp_path / name)).done == 1
+
+
+@pytest.mark.parametrize("what", ["infinite", "NaN"])
+def test_weights_that_are_not_finite_are_never_written(untrained, what):
+    """A stop after such a step left them in last/ and in the newest state without a word."""
+    run = untrained()
+    untrained.step(run, 1, 0.1)
+    kept = {path: path.read_bytes() for path in run.path.rglob("*.safetensors")}
+    untrained.step(run, 2)
+    untrained.fill(torch.full((128,), float(what[:3])))
+    for write in (lambda: run.evaluated(2, Scores(1, *[np.array([0.9])] * 3, 1.0, 0.0)), run.close):
+        with pytest.raises(FloatingPointError, match="is not finite"):
+            write()
+    assert kept == {path: path.read_bytes() for path in run.path.rglob("*.safetensors")}
+    assert (run.best, run.best_at) == (0.1, 1)
 
 
 @pytest.mark.parametrize("args", [["--lr", 1e-5], ["--cond", "grpo"], ["--out", "x"], ["--preset", "paper"],

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_prompt_holds_what_the_scribe_must_know_and_little_else():
 def test_the_worked_example_of_the_prompt_is_what_its_rules_ask_for():
     trace, reply = EXAMPLE.split("solver\n")[1].split("~~~")[0], EXAMPLE.split("your reply\n")[1]
     written = rollout(trace, Problem("p", EXAMPLE, "74"))
-    assert read_critique(written, reply, False) == Critique("D", reply.strip(), 1)
+    assert read_critique(written, reply) == Critique("D", reply.strip(), 1)
     assert all(HERO in step.text for step in parse(EXAMPLE).steps)
 
 
@@ -100,15 +101,16 @@ def test_a_critique_is_its_tagged_steps_and_its_case_follows_from_them(name):
     trace, truncated, output, case, steps, wrong = CASES[name]
     expected = Critique(case, render(steps, "122"), wrong)
     assert align(rollout(trace, truncated=truncated), output) == expected
-    assert read_critique(rollout(trace, truncated=truncated), output, False) == expected
-    assert read_critique(rollout(trace), output, True) == Critique("", output, None, "cut off")
+    assert read_critique(rollout(trace, truncated=truncated), output) == expected
+    assert read_critique(rollout(trace), output, "cut off") == Critique("", output, None, "cut off")
 
 
 @pytest.mark.parametrize("reason, output", [
-    ("empty", ""), ("empty", " \n\t"), ("cut off", RIGHT[:40]), ("cut off", RIGHT[:-10]),
-    ("cut off", "The trace is right."), ("cut off", "<step_1>"),
+    ("empty", ""), ("empty", " \n\t"), ("no complete answer", RIGHT[:40]),
+    ("no complete answer", RIGHT[:-10]), ("no complete answer", "The trace is right."),
+    ("no complete answer", "<step_1>"),
     ("no steps", "<answer> 122 </answer>"), ("no steps", "<step_1> </step_1><answer> 122 </answer>"),
-    ("wrong answer", RIGHT.replace("> 122 <", "> 121 <")), ("wrong answer", RIGHT + "<answer> </answer>"),
+    ("wrong answer", RIGHT.replace("> 122 <", "> 121 <")),
     ("echo of the prompt", render(["...", "..."], "122")),
     ("echo of the prompt", render(["7*8=56", "…"], "122")),
     ("echo of the prompt", render(["7*8=56", "[. . .]"], "122")),
@@ -119,16 +121,16 @@ def test_a_critique_is_its_tagged_steps_and_its_case_follows_from_them(name):
     ("echo of the prompt", RIGHT.replace("7*8=56", f"{HERO} packs 7*8=56 pears")),
 ])
 def test_what_must_not_teach_says_why(reason, output):
-    assert read_critique(rollout(WRONG), output, False) == Critique("", output[:2000], None, reason)
+    assert read_critique(rollout(WRONG), output) == Critique("", output[:2000], None, reason)
 
 
 def test_words_of_the_example_are_no_echo_if_the_problem_or_the_solver_uses_them():
     trace = RIGHT.replace("7*8=56", f"{HERO} takes 7*8=56")
-    assert read_critique(rollout(trace), trace, False).case == "A"
+    assert read_critique(rollout(trace), trace).case == "A"
     for problem in (Problem("p", f"{HERO} counts", "122"), Problem("p", "x", "122", f"{HERO} counts")):
-        assert read_critique(rollout(WRONG, problem), trace, False).case == "D"
+        assert read_critique(rollout(WRONG, problem), trace).case == "D"
     aloud = f"{HERO} was the example's. Now\n{RIGHT}"     # outside of the tags, which alone are kept
-    assert read_critique(rollout(WRONG), aloud, False) == Critique("D", RIGHT, 1)
+    assert read_critique(rollout(WRONG), aloud) == Critique("D", RIGHT, 1)
 
 
 def test_align_agrees_with_the_exact_critic_on_its_critiques():
@@ -207,11 +209,12 @@ def test_long_prompts_are_written_first_and_never_more_at_once_than_asked_for(lo
     assert lengths == sorted(lengths, reverse=True) and lengths[1] > 6000 > lengths[2]
 
 
-def test_a_thought_or_a_critique_that_runs_out_of_tokens_is_cut_off(local):
-    local.answers |= {"open thought": [THINK_START, *ids(RIGHT), 1], "no end": [THINK_END, *ids(RIGHT)],
-                      "fine": [THINK_END, *ids(RIGHT), 1]}
+def test_a_critique_that_runs_out_of_tokens_is_cut_off_and_a_thought_is_none(local):
+    local.answers |= {"open thought": [THINK_START, *ids(RIGHT), 1],
+                      "cut thought": [THINK_START, *ids(RIGHT)],
+                      "cut": [THINK_END, *ids(RIGHT)], "fine": [THINK_END, *ids(RIGHT), 1]}
     critiques = local.make().batch(rollouts(*local.answers))
-    assert [c.malformed for c in critiques] == ["cut off", "cut off", ""]
+    assert [c.malformed for c in critiques] == ["a thought without end", "cut off", "cut off", ""]
 
 
 def test_a_model_that_could_think_but_does_not_is_taken_at_its_word(local):
@@ -267,8 +270,11 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.seen.append((self.path, dict(self.headers), None))
-        self.reply(200, {}, json.dumps({"object": "list",
-                                        "data": [{"id": name} for name in self.server.models]}))
+        if self.server.models is None:
+            self.reply(404, {}, "Not Found")
+        else:
+            self.reply(200, {}, json.dumps({"object": "list",
+                                            "data": [{"id": name} for name in self.server.models]}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -361,6 +367,9 @@ def test_a_server_of_several_models_or_none_must_be_told_which(server):
     server.models = []
     with pytest.raises(UserError, match="0 models"):
         critic(server)
+    server.models = None
+    with pytest.raises(UserError, match="v1/models: HTTP 404 .*name one as URL#NAME"):
+        critic(server)
 
 
 def test_answers_out_of_order_come_back_in_the_order_of_the_rollouts(server):
@@ -401,7 +410,7 @@ SHAPES = [(200, {}, text) for text in (
 
 @pytest.mark.parametrize("bad", [
     (500, {}, "oops"), (503, {"Retry-After": "0"}, ""), (429, {}, ""), (429, {"Retry-After": "soon"}, ""),
-    (408, {}, ""), (409, {}, ""), (425, {}, ""), HTML, PARTIAL, SHORT, None, chat(""), chat(None), *SHAPES])
+    (408, {}, ""), (409, {}, ""), (425, {}, ""), HTML, PARTIAL, SHORT, None, *SHAPES])
 def test_what_passes_is_asked_again(server, bad):
     server.answer = lambda name, n: bad if n < 3 else chat()
     assert ask(server) == [Critique("D", RIGHT, 1)] and server.asked["p"] == 3
@@ -469,12 +478,57 @@ def test_what_a_run_waits_for_is_said_once_some_attempts_have_failed(server, cap
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-def test_a_refusal_is_told_at_once_and_never_shows_the_key(server, status):
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_all_is_told_at_once_and_never_shows_the_key(server, status):
     server.answer = lambda name, n: (status, {"X": KEY}, f"bad key {KEY}\x00" + "y" * 172 + KEY * 9)
     message = failure(server)
     assert f"HTTP {status}" in message and "attempt 1 of" in message and server.asked["p"] == 1
     assert "[key]" in message and KEY[:4] not in message    # nor a part of it, cut by the limit
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_prompt_that_is_refused_is_malformed_and_the_others_are_not(server, status):
+    text = f'{{"error": {{"message": "\'max_tokens\' is too large: the context has 4096", "key": "{KEY}"}}}}'
+    server.answer = lambda name, n: (status, {}, text) if name == "long" else chat()
+    one, refused, other = ask(server, ["p", "long", "q"])
+    assert one == other == Critique("D", RIGHT, 1) and server.asked == {"p": 1, "long": 1, "q": 1}
+    assert f"HTTP {status}" in refused.malformed and "is too large" in refused.malformed
+    assert KEY not in refused.malformed and "[key]" in refused.malformed and not refused.text
+
+
+def unsupported(field, value="parameter"):
+    """What OpenAI's newer models answer to the fields of the older ones."""
+    return 400, {}, json.dumps({"error": {
+        "message": f"Unsupported {value}: '{field}' is not supported with this model. Use others instead.",
+        "type": "invalid_request_error", "param": field, "code": f"unsupported_{value}"}}, indent=2)
+
+
+def test_fields_that_the_server_does_not_support_are_replaced_and_that_is_remembered(server, capsys):
+    def answer(name, n):
+        for field, value in (("temperature", "value"), ("max_tokens", "parameter")):
+            if field in server.seen[-1][2]:
+                return unsupported(field, value)
+        return chat()
+
+    server.answer = answer
+    asked = critic(server, concurrent=1, retries=0)
+    for names in (["p", "q"], ["r"]):
+        assert asked.batch(rollouts(*names)) == [Critique("D", RIGHT, 1)] * len(names)
+    assert server.asked == {"p": 3, "q": 1, "r": 1}
+    assert server.seen[-1][2].keys() == {"model", "messages", "max_completion_tokens"}
+    assert server.seen[-1][2]["max_completion_tokens"] == 100
+    assert capsys.readouterr().err.splitlines() == [
+        f"{server.url} does not take {field}: left out" for field in ("temperature", "max_tokens")]
+    server.answer = lambda name, n: unsupported("temperature")          # though it was not sent
+    assert "Unsupported" in asked.batch(rollouts("s"))[0].malformed and server.asked["s"] == 1
+
+
+def test_a_key_in_a_critique_is_masked_but_a_placeholder_for_one_is_text(server, monkeypatch):
+    escaped = chat()[2].replace("7*8=56", f"7*8=56, \\u0073{KEY[1:]}")
+    server.answer = lambda name, n: (200, {}, escaped)
+    assert ask(server)[0].text == RIGHT.replace("7*8=56", "7*8=56, [key]")
+    monkeypatch.setenv("OPENAI_API_KEY", "7")
+    assert ask(server)[0].text == RIGHT.replace("7*8=56", f"7*8=56, {KEY}")
 
 
 def test_the_key_is_kept_nowhere_and_a_broken_one_is_refused_without_being_shown(server, monkeypatch):
@@ -514,10 +568,12 @@ def test_a_server_on_this_machine_is_not_asked_through_a_proxy(server, monkeypat
 
 
 def test_a_server_that_is_too_slow_or_gone(server):
-    server.answer = lambda name, n: time.sleep(1.0) if n < 2 else chat()
-    assert ask(server, timeout=0.25)[0].case == "D"
-    server.answer = lambda name, n: time.sleep(1.0)
+    over = threading.Event()
+    server.answer = lambda name, n: over.wait(20) and None if n < 2 else chat()
+    assert ask(server, timeout=0.25, retries=20)[0].case == "D"     # on a busy machine, others may be late
+    server.answer = lambda name, n: over.wait(20) and None
     assert "timed out" in failure(server, timeout=0.05)
+    over.set()
     gone = critic(server)
     server.shutdown()
     server.server_close()
@@ -537,8 +593,9 @@ def test_an_answer_that_drips_or_never_ends_is_given_up(server, monkeypatch):
                 return
         ended.append(True)
 
-    asked = critic(server, timeout=0.05, retries=0)
+    asked = critic(server, retries=0)
     server.answer = lambda name, n: chat()
+    monkeypatch.setattr("sd.run.client.time", SimpleNamespace(monotonic=count().__next__))  # 5 s: 5 reads
     with monkeypatch.context() as patch:
         patch.setattr(Handler, "reply", drip)
         with pytest.raises(UserError, match="not JSON"):
@@ -551,31 +608,45 @@ def test_an_answer_that_drips_or_never_ends_is_given_up(server, monkeypatch):
 
 
 @pytest.mark.parametrize("answer, reason", [
-    (chat(""), "empty"), (chat(None, reasoning_content=RIGHT), "empty"),
+    (chat(""), "empty"), (chat(None), "empty"), (chat("", reasoning_content=None), "empty"),
+    (chat(None, reasoning_content=RIGHT), "empty, with text in reasoning_content"),
     (chat("<think> hm </think>\n"), "empty"), (chat(RIGHT, "length"), "cut off"),
-    (chat(None, "length", reasoning_content=RIGHT), "cut off"), (chat("", "length"), "cut off"),
-    (chat("<think>\n" + RIGHT), "cut off"), (chat("I cannot do this."), "cut off"),
-    (chat(WRONG), "wrong answer")])
-def test_critiques_that_must_not_teach_are_no_errors(server, answer, reason):
+    (chat(None, "length", reasoning=RIGHT), "cut off, with text in reasoning"),
+    (chat("", "length"), "cut off"), (chat("<think>\n" + RIGHT, "length"), "cut off"),
+    (chat("<think>\n" + RIGHT), "a thought without end"),
+    (chat(RIGHT + "\ud83d"), "half a surrogate pair"), (chat(RIGHT + "\ud83d", "length"), "cut off"),
+    (chat("I cannot do this."), "no complete answer"), (chat(WRONG), "wrong answer")])
+def test_critiques_that_must_not_teach_are_no_errors_and_not_asked_for_again(server, answer, reason):
     server.answer = lambda name, n: answer
-    assert ask(server, retries=1)[0].malformed == reason
+    assert ask(server)[0].malformed == reason and server.asked == {"p": 1}
 
 
 @pytest.mark.parametrize("content", [f"<think>\n{WRONG}</think>\n\n{RIGHT}", f"{WRONG} so</think>{RIGHT}",
-                                     f"a</think>b</think>{RIGHT}", f"\n{RIGHT}\n"])
+                                     f"a</think>b</think>{RIGHT}", f"\n{RIGHT}\n",
+                                     f"<step_1> a draft </step_1></think> {RIGHT}"])
 def test_thinking_is_stripped_from_a_servers_text(server, content):
     server.answer = lambda name, n: chat(content, reasoning_content=WRONG)
     assert ask(server) == [Critique("D", RIGHT, 1)]
 
 
+def test_a_sentence_about_the_end_of_a_thought_is_no_end(server):
+    critique = render(["Ann types </think> here", "and </think>", "7*8=56 \U0001f600"], "122")
+    server.answer = lambda name, n: chat(f"{WRONG}\n</think>\nHere:\n{critique}\nThat </think> was Ann's.")
+    assert ask(server)[0].text == critique
+
+
 def test_one_failure_cancels_what_is_pending(server):
+    over = threading.Event()
+
     def answer(name, n):
-        time.sleep(0.05)
+        if int(name[1:]) > 3:
+            over.wait(20)
         return (401, {}, "") if name == "p3" else chat()
 
     server.answer = answer
     with pytest.raises(UserError, match="401"):
         ask(server, [f"p{i}" for i in range(40)], concurrent=2)
+    over.set()
     time.sleep(0.1)
     assert 4 <= len(server.asked) <= 6
 

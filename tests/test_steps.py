@@ -27,6 +27,7 @@ def test_render_writes_the_house_format_and_parse_reads_it_back():
     ("<step_1> a </step_1>\n<step_2> b", [("a", True), ("b", False)], None),        # out of tokens
     ("<step_1> a </step_1><answer> 4", [("a", True)], ("4", False)),
     ("<answer> 1 </answer> <answer> 2 </answer>", [], ("2", True)),                 # the last one wins
+    ("<answer> 1 </answer>, as in <answer> ... </answer> or <answer>", [], ("1", True)),    # only mentioned
     ("</step_3> </answer> <step_1> a </step_1> </step_1>", [("a", True)], None),    # stray closing tags
     ("<step_1> a </step_2>", [("a", False)], None),
     ("<step_> x </step_> <step_12345> y <STEP_1> z", [], None),                     # not tags

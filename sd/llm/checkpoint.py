@@ -56,6 +56,16 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is written into a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+                        "free some space, fix the permissions or choose another place") from None
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path, then fsyncs and renames it: nobody sees half a file.
 
@@ -63,20 +73,37 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = Path(f"{path}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode     # safetensors makes files that other users cannot read
-        yield temporary
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-                        "free some space, fix the permissions or choose another place") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode     # safetensors' own files only their owner can read
+            yield temporary
+            temporary.chmod(mode)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Adds lines to a JSONL file. Raises UserError if it cannot be written."""
+    with writing(path), open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
+    """Writes a safetensors file with `facts` in its header, so they change with the tensors.
+
+    Raises UserError if it cannot be written, FloatingPointError if a number is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{path}: is not written, since {name} is not finite; begin "
+                                     "again with a lower --lr, or look at the weights of --model")
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, facts)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -258,14 +285,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor], source: str | Path,
-               step: int = 0) -> None:
+               **facts) -> None:
     """Writes a checkpoint; tokenizer and config come from the checkpoint `source`.
 
-    `step` goes into the safetensors header, so it changes together with the weights. Raises
-    UserError if it cannot be written.
+    `facts` go into the header of the weights, which are written last. Raises UserError if a file
+    cannot be read or written, FloatingPointError if a weight is not finite.
     """
     source = Path(source)
-    config = json.loads((source / "config.json").read_bytes())
+    with reading(source / "config.json"):
+        config = json.loads((source / "config.json").read_bytes())
     config["dtype" if "dtype" in config else "torch_dtype"] = "float32"     # as merged weights are
     write_json(folder / "config.json", config)
     for name in COMPANIONS:
@@ -273,5 +301,5 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor], source: str | Pat
             with atomic(folder / name) as temporary:
                 copyfile(source / name, temporary)      # bytes: not every companion need be UTF-8
     tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
-    with atomic(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt", "step": str(step)})
+    header = {"format": "pt"} | {name: str(value) for name, value in facts.items()}
+    save_tensors(folder / "model.safetensors", tensors, header)

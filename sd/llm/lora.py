@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sd.llm.checkpoint import atomic, write_json
+from sd.llm.checkpoint import save_tensors, write_json
 from sd.llm.model import Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,5 +92,4 @@ def save_adapter(folder: Path, model: Transformer, base: str) -> None:
     write_json(folder / "adapter_config.json", config)
     tensors = {f"base_model.model.{name}.weight": p.detach().cpu()
                for name, p in model.named_parameters() if ".lora_" in name}
-    with atomic(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -1,7 +1,8 @@
 """Questions to any OpenAI-compatible chat server, over HTTP, with a patience that has limits.
 
-What may pass (no answer, server errors, a busy server) is asked again, in growing intervals. What
-may not ends the run. The key never leaves OPENAI_API_KEY but for the server itself.
+What may pass (no answer, server errors, a busy server) is asked again, in growing intervals. A
+prompt that is refused, such as one that is too long, is the caller's to count; everything else ends
+the run. The key never leaves OPENAI_API_KEY but for the server itself.
 """
 import json
 import os
@@ -20,7 +21,10 @@ from sd import UserError
 from sd.config import check_url
 
 TRANSIENT = {408, 409, 425, 429}    # client errors that may pass, as every server error may
+REFUSALS = {400, 413, 422}          # of one prompt; other prompts may be answered
+UNSUPPORTED = re.compile(r"support.{0,20}\b(max_tokens|temperature)\b")   # newer OpenAI models
 LARGEST = 16 * 2 ** 20              # bytes of a reply
+SECRET = 8                          # characters; a shorter key (EMPTY, none, x) hides nothing
 
 
 class AnyReply(HTTPErrorProcessor):
@@ -53,6 +57,7 @@ class ChatClient:
         local = host in ("localhost", "127.0.0.1", "[::1]")     # a proxy has its own localhost
         self.opener = build_opener(AnyReply, ProxyHandler({} if local else None))
         self.stop = threading.Event()           # set: no further request is started
+        self.options = {"temperature": 0, "max_tokens": self.max_new_tokens}
         if not self.model_name:
             names = self._call("/models", None,
                                lambda reply: [str(entry["id"]) for entry in reply["data"]])
@@ -61,40 +66,49 @@ class ChatClient:
                                 "name one as URL#NAME")
             self.model_name = names[0]
 
-    def ask(self, prompt: str) -> tuple[str, bool]:
-        """The greedy answer to one user turn, and whether it ran out of tokens.
+    def ask(self, prompt: str) -> tuple[str, str]:
+        """The greedy answer to one user turn, and why it is unusable (nothing if it is not).
 
-        Raises UserError if it fails for good, and once `stop` is set.
+        An option that the server does not know is left out from then on, and that is said once.
+        Raises UserError if no prompt can be answered, and once `stop` is set.
         """
-        payload = {"model": self.model_name, "temperature": 0, "max_tokens": self.max_new_tokens,
+        payload = {"model": self.model_name, **self.options,
                    "messages": [{"role": "user", "content": prompt}]}
-        return self._call("/chat/completions", json.dumps(payload).encode(), _message)
+        content, reason = self._call("/chat/completions", json.dumps(payload).encode(), _message)
+        named = UNSUPPORTED.search(reason)
+        if not named or named[1] not in payload:
+            return content, reason
+        if named[1] == "max_tokens":
+            self.options["max_completion_tokens"] = self.max_new_tokens
+        if self.options.pop(named[1], None) is not None:        # else another thread was faster
+            print(f"{self.url} does not take {named[1]}: left out", file=sys.stderr)
+        return self.ask(prompt)
 
     def _call(self, path: str, data: bytes | None, read: Callable):
         """What `read` finds in the JSON reply. What may pass is retried, in growing intervals.
 
-        An empty result is asked for again too, but returned if it stays empty. Raises UserError on
-        a failure that does not pass, and once `stop` is set.
+        If the server does not take this prompt: an empty answer, and what it says. Raises UserError
+        on another failure that does not pass, and once `stop` is set.
         """
-        failure = "not asked"
-        pause = 0.0
+        failure, pause = "", 0.0
         for attempt in range(self.retries + 1):
             if self.stop.wait(pause):
                 break                   # the batch has been given up: nobody sees the error below
             if attempt == 3:            # some seconds have passed: say why
-                print(f"{self.url}{path}: {failure}; still asking", file=sys.stderr)
+                print(f"{failure}; still asking", file=sys.stderr)
             status, body, wait = self._once(path, data)
             if 200 <= status < 300:
                 with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    result = read(json.loads(body))
-                    if any(result) or attempt == self.retries:
-                        return result
-            failure = _failure(status, body)
+                    return read(json.loads(body))
+            failure = f"{self.url}{path}: {_failure(status, body)}"
+            if data and status in REFUSALS:
+                return "", failure
             if 300 <= status < 500 and status not in TRANSIENT:
                 break
             pause = self.backoff * 2 ** attempt * random.uniform(0.5, 1.5)
             pause = min(max(pause, wait), self.longest_wait)
-        raise UserError(f"{self.url}{path}: {failure}, attempt {attempt + 1} of {self.retries + 1}")
+        hint = "" if data else "; if it does not list its models, name one as URL#NAME"
+        raise UserError(f"{failure}, attempt {attempt + 1} of {self.retries + 1}{hint}")
 
     def _once(self, path: str, data: bytes | None) -> tuple[int, str, float]:
         """One request: status, body, seconds to wait. Without a reply: 0, the reason, 0."""
@@ -121,17 +135,26 @@ def _failure(status: int, body: str) -> str:
     if status == 0:
         kind = "no answer"
     elif status < 300:
-        kind = "an answer that is empty or not JSON of the expected shape"
+        kind = "an answer that is not JSON of the expected shape"
     elif status < 400:
         kind += ", a redirect, which is not followed"
     return f"{kind} ({_shown(body)})"
 
 
-def _message(reply: dict) -> tuple[str, bool]:
-    """What the model wrote, and whether it ran out of tokens."""
+def _message(reply: dict) -> tuple[str, str]:
+    """What the model wrote, and why it cannot be used, if the server says so."""
     choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""        # null if it was all thinking
-    return content.strip(), choice.get("finish_reason") == "length"
+    message = choice["message"]
+    content = (message.get("content") or "").strip()
+    reason = ""
+    if choice.get("finish_reason") == "length":
+        reason = "cut off"
+    elif re.search("[\ud800-\udfff]", content):
+        reason = "half a surrogate pair"        # which no tokenizer takes
+    thoughts = [name for name in message if "reason" in name and message[name]]
+    if thoughts and not content:
+        reason = f"{reason or 'empty'}, with text in {thoughts[0]}"
+    return _masked(content), reason
 
 
 def _key() -> str:
@@ -141,8 +164,12 @@ def _key() -> str:
     return key
 
 
+def _masked(text: str) -> str:
+    """A server's text without the key, which it may have echoed."""
+    key = _key()
+    return text.replace(key, "[key]") if len(key) >= SECRET else text
+
+
 def _shown(text: str) -> str:
-    """A server's text for an error: one short line, without the key, which it may have echoed."""
-    if _key():
-        text = text.replace(_key(), "[key]")
-    return ascii(text[:200])
+    """A server's text for an error: one short line."""
+    return ascii(_masked(text)[:200])

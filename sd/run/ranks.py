@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from sd import UserError
 
+MEET = timedelta(minutes=2)     # all ranks begin within it, or their launcher is gone
 WAIT = timedelta(hours=2)       # a rank may wait for another's longest rollouts, or its critic
 
 
@@ -30,7 +31,8 @@ class Ranks:
         if self.world > 1:
             # small tensors stay on the CPU for gloo, which notices at once when a rank ends
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=WAIT)
+            self._run(dist.init_process_group, backend, timeout=MEET)
+            self.group = dist.new_group(backend=backend, timeout=WAIT)
 
     def share(self, count: int) -> slice:
         """This rank's part of `count` items, in order; the parts' sizes differ by at most one."""
@@ -41,7 +43,7 @@ class Ranks:
         if self.world == 1:
             return number
         tensor = torch.tensor(number, dtype=torch.float64)
-        self._run(dist.all_reduce, tensor)
+        self._run(dist.all_reduce, tensor, group=self.group)
         return tensor.item()
 
     def gather(self, rows: list) -> list:
@@ -53,7 +55,7 @@ class Ranks:
         for rank in range(self.world):
             size = self.total(len(mine) if rank == self.rank else 0)
             data = mine if rank == self.rank else mine.new_empty(int(size))
-            self._run(dist.broadcast, data, rank)
+            self._run(dist.broadcast, data, rank, group=self.group)
             joined += json.loads(bytes(data.tolist()))
         return joined
 
@@ -64,14 +66,14 @@ class Ranks:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            self._run(dist.all_reduce, p.grad)
+            self._run(dist.all_reduce, p.grad, group=self.group)
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
 
-    def _run(self, operation, *arguments) -> None:
+    def _run(self, operation, *arguments, **options) -> None:
         try:
-            operation(*arguments)
+            operation(*arguments, **options)
         except RuntimeError as error:       # the only type that gloo and NCCL raise
             raise RankLost(f"another process of this run has ended ({str(error)[:200]})") from None

@@ -4,10 +4,11 @@
     best/ (by validation)  last/  state-NNNNNN.safetensors  report.html
 
 The state holds what the next step depends on and the other files lack: the trained weights, AdamW's
-moments, the ema teacher, the best score, and how long the two logs were (a resumed run cuts off
-what was written later). Random numbers need no state: they are made from the seed and the step. Two
-states are kept, each with a checksum; the older one serves if the newer is damaged. Every file but
-the logs is replaced in one atomic rename, so a run may be killed at any moment.
+moments, the ema teacher, and how long the two logs were (a resumed run cuts off what was written
+later). Random numbers need no state: they are made from the seed and the step. Two states are kept,
+each with a checksum; the older one serves if the newer is damaged. best/ itself says which step it
+holds and its score. Every file but the logs is replaced in one atomic rename, and the logs are on
+the disk before a state that counts on them, so a run may be killed at any moment.
 """
 import hashlib
 import json
@@ -17,18 +18,19 @@ import signal
 import sqlite3
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sd import Stopped, UserError
-from sd.config import Config
-from sd.llm.checkpoint import atomic, reading, save_model, write_json
+from sd.config import MACHINE, Config
+from sd.llm.checkpoint import append_rows, reading, save_model, save_tensors, write_json, writing
 from sd.llm.lora import plain_weights, save_adapter
 from sd.metrics import Scores
 from sd.problems import EMBEDDED, Problem
@@ -37,7 +39,7 @@ from sd.run.ranks import Ranks
 
 SAVE_EVERY = 60.0       # seconds between states, besides those saved at evaluations
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-FACTS = ("done", "seconds", "best", "best_at", "evaluated_at", "data", "logs")  # of a state
+FACTS = ("done", "seconds", "evaluated_at", "useless_steps", "origin", "logs")      # of a state
 
 
 class StopRequest:
@@ -74,15 +76,17 @@ class RunFolder:
     seconds = 0.0               # from the start to the last line in metrics.jsonl
     best, best_at = -1.0, 0     # the best validation Avg@k, and its step
     evaluated_at = -1           # the step of the last evaluation
+    useless_steps = 0           # the last ones, all of whose critiques were malformed
     lock = None
+    checksum = ""               # of the state that the run goes on from
 
     def __init__(self, config: Config, ranks: Ranks, resume: Path | None = None):
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.writes = ranks.rank == 0
-        self.resume = resume is not None
-        path = resume or new_folder(config)
-        self.path = Path(ranks.gather([str(path)])[0])          # rank 0 chooses
-        self.started = self.saved = time.time()
+        self.path = resume
+        if not resume and config.out and Path(config.out).exists():
+            raise UserError(f"--out {config.out} exists already; choose another folder")
+        self.started = self.saved = time.monotonic()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -97,23 +101,30 @@ class RunFolder:
     def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
         """Called once all that the user gave has been checked. Returns the step to continue from.
 
-        Raises UserError if another process is writing the run, or if the run to resume has no
-        intact state or was begun with other problems.
+        Raises UserError if another process is writing the run, if the run to resume has no intact
+        state or was begun with something else, or if the ranks do not begin with the same.
         """
         self.student = student
-        self.data = hashlib.sha256(repr(problems).encode()).hexdigest()
+        self.origin = origin(self.config, problems, student)
         self.tensors = live_tensors(student, optimizer, teacher)
-        if self.writes:
-            self.path.mkdir(parents=True, exist_ok=self.resume)
+        resumed = self.path is not None
+        if resumed:
             self._lock()
-            # on resuming too: options of memory and speed may be new
-            write_json(self.path / "config.json", asdict(self.config))
-        if self.resume:
             self._load_state()
-        else:
-            for name in LOGS:
-                self._append(name, [])
-            self._save_state()          # the first evaluation may be long, and be interrupted
+        mine = [self.origin, self.checksum, self.best]
+        if any(other != mine for other in self.ranks.gather([mine])):
+            raise UserError("the processes do not all find the same run, problems and weights; "
+                            "give every machine the same files")
+        if self.writes:
+            if not resumed:
+                self.path = make_folder(self.config)
+                self._lock()
+            # on resuming too: options of memory and speed may be new
+            write_json(self.path / "config.json", asdict(absolute(self.config, self.path)))
+            if resumed:
+                self._cut_off()
+            else:
+                self._save_state()      # the first evaluation may be long, and be interrupted
         self.steps = steps
         self.say(f"{self.config.cond}: {steps} steps of {self.config.batch} problems x "
                  f"{self.config.rollouts_per_problem} rollouts, to {self.path}, "
@@ -126,8 +137,10 @@ class RunFolder:
         SQLite has the standard library's only lock that works on every system and that the system
         releases when the process dies.
         """
-        self.lock = sqlite3.connect(self.path / "lock", timeout=0, isolation_level=None)
+        if not self.writes:
+            return
         try:
+            self.lock = sqlite3.connect(self.path / "lock", timeout=0, isolation_level=None)
             self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):          # else it is a file system without locks
@@ -146,19 +159,22 @@ class RunFolder:
                  f"reward {numbers['reward']:.3f}  entropy {numbers['entropy']:.3f}  "
                  f"length {numbers['length']:5.1f}  truncated {numbers['truncated']:5.1%}  "
                  f"rollouts {numbers['rollouts']:6d}  {self.seconds:6.1f} s, {left:6.1f} s left")
-        if time.time() - self.saved > SAVE_EVERY:
+        if time.monotonic() - self.saved > SAVE_EVERY:
             self._save_state()
 
     def evaluated(self, step: int, scores: Scores) -> None:
-        """Logs an evaluation, keeps the checkpoint if it is the best so far, saves the state."""
+        """Logs an evaluation, keeps the checkpoint if it is the best so far, saves the state.
+
+        In this order: a run that ends in between evaluates once more.
+        """
         mean = scores.avg.mean()
         name = f"avg@{self.config.eval_samples}"
         note = ""
         self._log(step, {f"val_{name}": 100 * mean, "val_length": scores.length,
                          "val_truncated": scores.truncated})
         if mean > self.best:
+            self._checkpoint("best", step=step, score=mean)
             self.best, self.best_at = mean, step
-            self._checkpoint("best", step)
             note = "  best so far"
         self.say(f"step {step:4d}/{self.steps}  validation {name.capitalize()} "
                  f"{100 * mean:5.2f}{note}")
@@ -168,67 +184,83 @@ class RunFolder:
     def close(self) -> None:
         """Writes the state, last/ and the report: at the end, or when the run was asked to stop."""
         self._save_state()
-        self._checkpoint("last", self.done)
+        self._checkpoint("last", step=self.done)
         if self.writes and self.evaluated_at >= 0:
             write_report([self.path], self.path / "report.html")
 
     def say(self, text: str) -> None:
         if self.writes:
-            with suppress(BrokenPipeError):         # `train.py … | head`: the run goes on
-                print(text, flush=True)
+            print(text, flush=True)
 
     def _log(self, step: int, numbers: dict) -> None:
-        self.seconds = time.time() - self.started
+        self.seconds = time.monotonic() - self.started
         row = {"step": step, **numbers, "seconds": round(self.seconds, 2)}
         self._append("metrics.jsonl", [row])
 
     def _append(self, name: str, rows: list[dict]) -> None:
         if self.writes:
-            with open(self.path / name, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_rows(self.path / name, rows)
 
-    def _checkpoint(self, name: str, step: int) -> None:
+    def _checkpoint(self, name: str, **facts) -> None:
         if self.writes:
             source = self.config.model or str(EMBEDDED)
-            save_model(self.path / name, plain_weights(self.student), source, step)
             save_adapter(self.path / name, self.student, source)
+            save_model(self.path / name, plain_weights(self.student), source, **facts)
 
     def _save_state(self) -> None:
         if not self.writes:
             return
-        self.logs = [(self.path / name).stat().st_size for name in LOGS]
+        self.logs = []
+        for name in LOGS:
+            with writing(self.path / name), open(self.path / name, "ab") as log:
+                os.fsync(log.fileno())
+                self.logs.append(log.tell())
         facts = {name: getattr(self, name) for name in FACTS}
         tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
-        with atomic(self.path / f"state-{self.done:06d}.safetensors") as temporary:
-            save_file(tensors, temporary, header(tensors, facts))
+        save_tensors(self.path / f"state-{self.done:06d}.safetensors", tensors,
+                     header(tensors, facts))
         for old in sorted(self.path.glob("state-*.safetensors"))[:-2]:
             old.unlink()
-        self.saved = time.time()
+        self.saved = time.monotonic()
 
     def _load_state(self) -> None:
-        """Goes back to the newest intact state; what was written after it goes."""
-        damaged = []
+        """Goes back to the newest intact state, and to the score of best/."""
+        self.damaged = []
         for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
             try:
                 facts = self._read_state(path)
                 break
             except UserError as error:
                 self.say(f"damaged: {error}; looking for the state before it")
-                damaged.append(path)
+                self.damaged.append(path)
         else:
             raise UserError(f"{self.path}: has no intact state to resume from")
-        if facts["data"] != self.data:
-            raise UserError(f"{self.path}: the problems in --data or --val are not those that "
-                            "this run began with; restore the original files")
+        for what, digest in self.origin.items():
+            if facts.get("origin", {}).get(what) != digest:
+                raise UserError(f"{self.path}: {what} are not those that this run began with; "
+                                "restore the original files")
         vars(self).update(facts)
-        self.started = time.time() - self.seconds
-        if not self.writes:
-            return
+        self.started = time.monotonic() - self.seconds
+        if self.evaluated_at >= 0:
+            self._read_best()
+
+    def _read_best(self) -> None:
+        path = self.path / "best/model.safetensors"
+        try:
+            with reading(path), safe_open(path, "pt") as file:
+                facts = file.metadata()
+                self.best, self.best_at = float(facts["score"]), int(facts["step"])
+        except UserError as error:
+            self.say(f"lost: {error}; the next evaluation chooses it anew")
+            self.evaluated_at = -1
+
+    def _cut_off(self) -> None:
+        """What was written after the state goes, and what we or safetensors wrote by half."""
         for name, size in zip(LOGS, self.logs):
             log = self.path / name
-            whole = log.read_bytes()[:size].rfind(b"\n") + 1    # a power cut may have taken its end
+            whole = log.read_bytes()[:size].rfind(b"\n") + 1
             os.truncate(log, whole)
-        for path in [*damaged, *self.path.rglob("*.tmp*")]:     # half written, by us or safetensors
+        for path in [*self.damaged, *self.path.rglob("*.tmp*")]:
             path.unlink()
 
     def _read_state(self, path: Path) -> dict:
@@ -238,22 +270,43 @@ class RunFolder:
             facts = json.loads(file.metadata()["facts"])
             if file.metadata() != header(tensors, facts):
                 raise ValueError("its checksum is wrong")
+            self.checksum = file.metadata()["sha256"]
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
         return facts
 
 
-def new_folder(config: Config) -> Path:
-    """--out, or runs/COND-seedSEED, numbered if it is taken. Raises UserError if --out exists."""
+def make_folder(config: Config) -> Path:
+    """--out, or runs/COND-seedSEED, numbered if it is taken. Raises OSError if --out exists."""
     name = config.out or f"runs/{config.cond}-seed{config.seed}"
-    path = Path(name)
-    number = 1
-    while path.exists():
-        if config.out:
-            raise UserError(f"--out {path} exists already; choose another folder")
-        number += 1
-        path = Path(f"{name}-{number}")
-    return path
+    for number in count(1):
+        path = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if config.out:
+                raise
+
+
+def absolute(config: Config, out: Path) -> Config:
+    """The options with absolute paths: a run may be resumed from another folder."""
+    paths = {"out": str(out), "model": config.model, "data": config.data, "val": config.val}
+    if config.critic not in ("symbolic", "self") and "://" not in config.critic:
+        paths["critic"] = config.critic
+    return replace(config, **{name: path and os.path.abspath(path)
+                              for name, path in paths.items()})
+
+
+def origin(config: Config, problems: list[Problem], student) -> dict[str, str]:
+    """Digests of what a run's numbers depend on, wherever the files lie and the critic's server."""
+    options = asdict(replace(config, out="", model="", data="", val="",
+                             critic=Path(config.critic).name))
+    for name in MACHINE:
+        del options[name]
+    return {"the options in config.json": checksum(json.dumps(options)),
+            "the problems in --data or --val": checksum(repr(problems)),
+            "the initial weights in --model": checksum("", student.parameters())}
 
 
 def live_tensors(student, optimizer, teacher) -> dict[str, Tensor]:
@@ -277,7 +330,11 @@ def live_tensors(student, optimizer, teacher) -> dict[str, Tensor]:
 def header(tensors: dict[str, Tensor], facts: dict) -> dict[str, str]:
     """What a state says of its run, and the checksum of that and of the tensors."""
     text = json.dumps(facts)
+    return {"facts": text, "sha256": checksum(text, tensors.values())}
+
+
+def checksum(text: str, tensors: Iterable[Tensor] = ()) -> str:
     digest = hashlib.sha256(text.encode())
-    for tensor in tensors.values():
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return {"facts": text, "sha256": digest.hexdigest()}
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

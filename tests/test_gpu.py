@@ -1,0 +1,74 @@
+"""`python -m tests.gpu` on the CPU, with small shapes: every part runs, and a wrong GPU would not pass."""
+import json
+import sys
+
+import pytest
+import torch
+
+import sd.llm.compile
+from sd.llm.compile import next_logits
+from tests import gpu, gpu_checks
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Exit status, the parts of the JSON by name, and the table."""
+    def run(*args):
+        out = tmp_path / "out.json"
+        monkeypatch.setattr(sys, "argv", ["tests.gpu", "--device", "cpu", "--tiny", "--json", str(out), *args])
+        try:
+            status = gpu.main()
+        except SystemExit as end:
+            status = end.code
+        return status, {row["part"]: row for row in json.loads(out.read_text())["rows"]}, capsys.readouterr().out
+    return run
+
+
+def test_every_part_runs_and_is_in_the_table(run, monkeypatch, tmp_path):
+    """Without torch.compile's traces, which test_compile.py has; the CPU-only tests are one that passes."""
+    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
+    toy = gpu.TINY | {"tests": [str(tmp_path / "test_one.py")]}
+    monkeypatch.setattr(gpu, "TINY", toy)
+    monkeypatch.setattr(sd.llm.compile, "traced", lambda function: function)
+    status, rows, table = run()
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(gpu.PARTS, "passed"), table
+    assert status == 0 and all(f"\n{name} " in table for name in rows)
+    assert rows["train.py --resume"]["numbers"]["resumed"] == 0 and "1 passed" in rows["tests"]["detail"]
+    for name in ("eager", "compiled"):
+        assert rows["speed decode 32"]["numbers"][name]["tokens/s"] > 0
+        assert rows["speed step critique"]["numbers"][name]["seconds"].keys() == {
+            "sample", "critic", "student forward", "teacher", "loss and backward", "optimiser"}
+
+
+@pytest.mark.parametrize("trace, change", [(True, lambda logits: logits.roll(1, -1)),
+                                           (False, lambda logits: logits * torch.nan)])
+def test_a_captured_step_that_samples_other_tokens_is_found_and_other_parts_still_run(
+        trace, change, run, monkeypatch):
+    """A largest difference taken with Python's max was 0.0 when it was not a number."""
+    traced = sd.llm.compile.traced
+
+    def wrong(function):
+        assert function is next_logits
+        step = traced(function) if trace else function
+        return lambda *inputs: change(step(*inputs))
+    monkeypatch.setattr(sd.llm.compile, "traced", wrong)
+    status, rows, table = run("--parts", "decode float32,speed machine")
+    assert status == 1 and "FAILED" in table
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "decode float32": "FAILED", "speed machine": "passed"}
+    assert "log-probabilities" in rows["decode float32"]["detail"]
+
+
+def test_a_part_that_cannot_run_says_why_and_is_no_failure(run, monkeypatch):
+    monkeypatch.setattr(gpu_checks.Lab, "free", property(lambda lab: 3.0))
+    status, rows, _ = run("--parts", "decode bfloat16,speed machine")
+    assert status == 0 and rows["decode bfloat16"]["status"] == "skipped"
+    assert rows["decode bfloat16"]["detail"] == "needs 12.0 GiB, 3.0 are free"
+    status, rows, _ = run("--parts", "logits", "--minutes", "-1")
+    assert {row["detail"] for row in rows.values()} == {"no time is left"}
+
+
+def test_without_a_gpu_one_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tests.gpu", "--device", "cuda:7"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith("tests.gpu: --device cuda:7: not available here")
