@@ -72,7 +72,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
             rollouts = roll(student, tokenizer, batch, prompts, group, config, noise)
 
             # 2. feedback: what the condition tells of these rollouts
-            feedback(config.cond, rollouts, group, critic, tokenizer, limit)
+            feedback(config, rollouts, critic, tokenizer, limit)
 
             # 3. loss: the student against its self-teacher on the student's own tokens, or GRPO's
             tokens = ranks.total(sum(len(r.completion) for r in rollouts if r.in_normaliser))

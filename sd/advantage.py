@@ -64,6 +64,7 @@ class Row:
     rollout: Rollout
     views: dict[str, Rollout]   # context -> the rollout with that feedback, and logprobs under it
     pieces: list[str]           # (T) the texts of its tokens
+    entropy: list[float]        # (T) of the student at each of them, in nats
     start: int                  # the wrong step is [start, end)
     first: int                  # the first wrong token
     end: int
@@ -89,19 +90,19 @@ def sample_rollouts(model: Transformer, tokenizer: Tokenizer, problems: list[Pro
 
 
 def analyse_rollouts(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
-                     rollouts: list[Rollout], contexts: dict[str, Critic | None],
+                     rollouts: list[Rollout], contexts: dict[str, tuple[Config, Critic | None]],
                      config: Config) -> list[Row]:
     """Scores the wrong rollouts under every context; those without a first wrong step are left out.
 
-    `contexts` has the critic of each, or None for the reference solution. The first one says which
+    `contexts` has the condition of each, and its critic if it needs one. The first one says which
     step is wrong and what it should be, so it must be a critic that quotes partially.
     """
     limit = teacher.config.max_position_embeddings - config.max_new_tokens
     rollouts = [rollout for rollout in rollouts if not rollout.reward]
     views = {}
-    for name, critic in contexts.items():
+    for name, (shown, critic) in contexts.items():
         views[name] = [replace(rollout) for rollout in rollouts]
-        feedback("critique" if critic else "ref", views[name], 1, critic, tokenizer, limit)
+        feedback(shown, views[name], critic, tokenizer, limit)
     rows = []
     for rollout, *copies in zip(rollouts, *views.values()):
         critique = copies[0].critique
@@ -109,12 +110,12 @@ def analyse_rollouts(student: Transformer, teacher: Transformer, tokenizer: Toke
             continue
         step, right = correction(rollout.trace, critique)
         if step:
-            read_again(student, rollout, config.temperature)
+            entropy = read_again(student, rollout, config.temperature)
             for copy in copies:
                 read_again(teacher, copy, config.temperature)
             pieces = tokenizer.pieces(rollout.completion)
             place = locate(pieces, step, right)
-            rows.append(Row(rollout, dict(zip(views, copies)), pieces, *place))
+            rows.append(Row(rollout, dict(zip(views, copies)), pieces, entropy, *place))
     return rows
 
 
@@ -157,8 +158,11 @@ def locate(pieces: list[str], step: Step, right: str) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def read_again(model: Transformer, rollout: Rollout, temperature: float) -> None:
-    """Sets logprobs (T) to log model(y_t | prompt, y_<t): the teacher's prompt, if there is one."""
+def read_again(model: Transformer, rollout: Rollout, temperature: float) -> list[float]:
+    """Sets logprobs (T) to log model(y_t | prompt, y_<t) and returns the model's entropy there (T).
+
+    The prompt is the teacher's, if there is one.
+    """
     prompt = rollout.teacher_prompt or rollout.prompt
     hidden = completion_hidden(model, [prompt], [rollout.completion])                   # (T, C)
     logprobs = losses.log_probs(model.lm_head(hidden), temperature)                     # (T, V)
@@ -166,6 +170,7 @@ def read_again(model: Transformer, rollout: Rollout, temperature: float) -> None
     rollout.logprobs = losses.of_token(logprobs, ids).cpu()                             # (T)
     if not rollout.logprobs.isfinite().all():
         raise FloatingPointError("the model's probabilities are not finite")
+    return (logprobs.exp() * -logprobs).sum(-1).tolist()
 
 
 def ratio(above: np.ndarray, below: np.ndarray, problem: np.ndarray) -> dict[str, float]:
@@ -207,6 +212,36 @@ def summarise(rows: list[Row]) -> dict:
                     "above": (values > 0.5).mean(),
                     "tokens": len(values)}
     return summary
+
+
+def credit(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """How well each signal finds the first wrong token, with intervals over problems: the share of
+    the rollout's other tokens that it ranks lower (AUROC).
+
+    The signals are -A_t of each context and of grpo, whose constant finds nothing (0.5), and what
+    the student knows alone: its surprise -log p and its entropy.
+    """
+    ids = [row.rollout.problem.id for row in rows]
+    _, problem = np.unique(ids, return_inverse=True)                                    # (rows)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        signals = {name: -row.advantage(name) for name in (*row.views, "grpo")}
+        signals |= {"-log p": -row.rollout.logprobs.numpy(), "entropy": np.array(row.entropy)}
+        for name, signal in signals.items():
+            found.setdefault(name, []).append(auroc(signal, row.first))
+    return {name: ratio(np.array(values), np.ones(len(rows)), problem)
+            for name, values in found.items()}
+
+
+def auroc(signal: np.ndarray, first: int) -> float:
+    """The share of the other entries (T - 1) below the one at `first`; a tie counts half."""
+    others = np.delete(signal, first)
+    return float(np.mean(others < signal[first]) + np.mean(others == signal[first]) / 2)
+
+
+def credit_table(found: dict) -> str:
+    lines = ["how well -A_t finds the first wrong token: AUROC [95 % interval]"]
+    return "\n".join(lines + [name.ljust(8) + INTERVAL.format(**m) for name, m in found.items()])
 
 
 def table(summary: dict) -> str:
@@ -303,13 +338,15 @@ def main(parser: argparse.ArgumentParser) -> None:
     config.check()
     problems = read_problems(args.data)[:args.problems]
     critic = open_critic(config, teacher, tokenizer, problems)
-    contexts = {"critique": critic}
+    shown = replace(config, cond="critique")
+    contexts = {"critique": (shown, critic)}
     if args.critic == "symbolic":
-        contexts = {name: replace(critic, quoting=name) for name in ("partial", "full", "omit")}
+        contexts = {name: (shown, replace(critic, quoting=name))
+                    for name in ("partial", "full", "omit")}
     if all(p.solution for p in problems):
-        contexts["ref"] = None
+        contexts["ref"] = replace(config, cond="ref"), None
     rollouts = sample_rollouts(student, tokenizer, problems, args.samples, config, "advantage")
-    feedback("grpo", rollouts, args.samples, None, tokenizer, 0)
+    feedback(replace(config, group=args.samples), rollouts, None, tokenizer, 0)
     rows = analyse_rollouts(student, teacher, tokenizer, rollouts, contexts, config)
     solver = args.folder or "the embedded solver"
     about = (f"student {solver}, teacher {args.teacher or solver}: {len(rows)} wrong rollouts of "
@@ -317,10 +354,11 @@ def main(parser: argparse.ArgumentParser) -> None:
              f"temperature {config.temperature}, seed {config.seed}")
     if not rows:
         raise UserError(f"{about}; try more --samples")
-    summary = summarise(rows)
-    print(f"{about}\n{table(summary)}")
+    summary, found = summarise(rows), credit(rows)
+    numbers = {"about": about, "contexts": summary, "credit": found}
+    print(f"{about}\n{table(summary)}\n{credit_table(found)}")
     for file, content in (
-            (args.json, json.dumps({"about": about, "contexts": summary}, indent=1) + "\n"),
+            (args.json, json.dumps(numbers, indent=1) + "\n"),
             (args.html, page(rows, summary, about)),
             (args.svg, figure(summary))):
         if file:

@@ -16,7 +16,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from sd import UserError, losses
+from sd import UserError, controls, losses
 from sd.config import Config
 from sd.critic import Critic
 from sd.llm.checkpoint import load
@@ -36,26 +36,36 @@ CHUNK = 2 ** 24     # logits held at once: 64 MiB in float32; a KL holds some se
 SPARE = 8           # tokens: cutting a text moves its token borders a little
 
 
-def feedback(cond: str, rollouts: list[Rollout], group: int, critic: Critic | None,
-             tokenizer: Tokenizer, limit: int) -> None:
+def feedback(config: Config, rollouts: list[Rollout], critic: Critic | None, tokenizer: Tokenizer,
+             limit: int) -> None:
     """Adds to each rollout what its condition tells of it: the only difference between the three.
 
     `limit` is how many tokens a teacher's prompt may have. Raises UserError if a prompt does not
     fit even without its context, or if the critic cannot be reached.
     """
-    if cond == "grpo":
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group)            # (P, G)
+    if config.cond == "grpo":
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.group)     # (P, G)
         advantages = losses.group_advantages(rewards).flatten().tolist()                # (P * G)
         for rollout, advantage in zip(rollouts, advantages):
             rollout.advantage = advantage
-    elif cond == "ref":
-        for rollout in rollouts:
-            set_teacher_prompt(rollout, cond, rollout.problem.solution, tokenizer, limit)
-    elif cond == "critique":
+        return
+    if config.cond == "ref":
+        contexts = [rollout.problem.solution for rollout in rollouts]
+    else:
+        contexts = []
         for rollout, critique in zip(rollouts, critic.batch(rollouts)):
             rollout.critique = critique
-            if not critique.malformed:          # else it must never become a training signal
-                set_teacher_prompt(rollout, cond, critique.text, tokenizer, limit)
+            # what is malformed must never become a training signal
+            contexts.append(None if critique.malformed else critique.text)
+    if config.control != "off":
+        contexts = controls.replaced(config.control, contexts, rollouts)
+    for rollout, context in zip(rollouts, contexts):
+        if config.control == "none":
+            rollout.teacher_prompt = rollout.prompt
+        elif context is not None:
+            set_teacher_prompt(rollout, config.cond, context, tokenizer, limit)
+        if config.loss_on != "all":
+            controls.restrict(rollout, config.loss_on, tokenizer)
 
 
 def set_teacher_prompt(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer,
@@ -186,6 +196,8 @@ def accumulate(student: Transformer, teacher: Teacher | None, rollouts: list[Rol
         part = scored[start:start + config.micro_batch]
         completions = [r.completion for r in part]
         ids = torch.tensor([token for c in completions for token in c], device=device)  # (M)
+        weights = [w for r in part for w in r.weights or [1.0] * len(r.completion)]     # (M)
+        weights = torch.tensor(weights, device=device)
         target = target_of(part, teacher, device)                                       # (M, …)
         hidden = completion_hidden(student, [r.prompt for r in part], completions)      # (M, C)
         leaf = hidden.detach().requires_grad_()
@@ -195,8 +207,9 @@ def accumulate(student: Transformer, teacher: Teacher | None, rollouts: list[Rol
             if teacher:
                 with torch.no_grad():
                     wanted = teacher.model.lm_head(wanted)                              # (m, V)
-            loss = token_loss(kind, student.lm_head(leaf[now]), wanted, ids[now],
-                              config.temperature, config.beta).sum() / tokens           # (m) -> ()
+            each = token_loss(kind, student.lm_head(leaf[now]), wanted, ids[now],
+                              config.temperature, config.beta)                          # (m)
+            loss = (each * weights[now]).sum() / tokens                                 # ()
             loss.backward()
             total += loss.detach()
         hidden.backward(leaf.grad)

@@ -87,6 +87,13 @@ class Config:
         10, "steps between evaluations",
         group="evaluation on validation problems, which chooses best/")
     eval_samples: int = option(4, "rollouts per validation problem")
+    control: str = option(
+        "off", "what the self-teacher sees in place of its condition's context (sd/controls.py)",
+        ("off", "none", "empty", "answer", "other", "echo", "needless", "plan"),
+        group="for sd.experiment alone")
+    loss_on: str = option(
+        "all", "with a critique, take the loss on the first wrong step, on the others or on the "
+        "correct ones before it", ("all", "wrong", "others", "correct"))
 
     @property
     def rollouts_per_problem(self) -> int:
@@ -121,6 +128,8 @@ class Config:
         if self.divergence == "jsd" and self.beta in (0, 1):
             raise UserError("--beta must be between 0 and 1; "
                             "its ends are --divergence forward and reverse")
+        if self.cond != "critique" and (self.control == "needless" or self.loss_on != "all"):
+            raise UserError("--control needless and --loss-on go with --cond critique")
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if bool(self.data) != bool(self.val):

@@ -4,6 +4,11 @@
     python -m sd.experiment horizon         the same for problems of 2 to 6 products
     python -m sd.experiment rate            how the learning rate and the default length were chosen
     python -m sd.experiment quoting         critiques that quote partially, fully, not at all
+    python -m sd.experiment contexts        contexts that tell less than they seem to
+    python -m sd.experiment credit          the loss on the wrong step alone, or on the others
+    python -m sd.experiment long --seeds 2  ten times as many steps
+    python -m sd.experiment handoff         half of the steps with a context, then grpo
+    python -m sd.experiment gap             does what is known before training predict the gain?
     also: alignment, divergence, teacher, critic-noise; all: one after another
 
 Every finished run is a line of a ledger: sd/ledger.jsonl holds those behind RESULTS.md, so a table
@@ -21,7 +26,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -32,24 +36,20 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from sd import UserError, command, horizon, losses
-from sd.advantage import sample_rollouts
-from sd.conditions import completion_hidden, feedback
+from sd import UserError, command, gap, horizon
 from sd.config import MACHINE, Config, parse_config
+from sd.controls import reference
 from sd.llm.checkpoint import load, write_atomic
 from sd.pretrain import make_problems
-from sd.problems import EMBEDDED, Problem, read_problems, write_problems
+from sd.problems import EMBEDDED, read_problems, write_problems
 from sd.report import read_rows
-from sd.run.figure import axis, document, interval, line, point, text, ticks
-from sd.steps import render, token_span
 from sd.task import times_table as tt
-from sd.task.symbolic import SymbolicCritic
 
-# An experiment's arms: a condition, then the options that set it apart. All are train.py's but two:
-# --products takes problems of another length, --references writes reference solutions of one kind;
-# here from near the solver's to far.
+# An experiment's arms: a condition, then the options that set it apart. All are train.py's but
+# three: --products takes problems of another length, --references writes reference solutions of one
+# kind, here from near the solver's to far, and --after goes on from FIRST steps of a condition.
+FIRST = 30
 OWN_LR = {n: f"grpo --lr {rate}" for n, rate in horizon.OWN_RATE.items()}
 ARMS = {
     "main": ["critique", "ref", "grpo"],        # whose rate is also grpo's own best here
@@ -82,9 +82,28 @@ ARMS = {
         "critique --critic-noise 0.1",
         "critique --critic-noise 0.25",
         "critique --critic-noise 0.5",
-        "ref"]}
+        "ref"],
+    "contexts": [
+        "critique",
+        *(f"critique --control {kind}" for kind in ("other", "echo", "needless", "plan")),
+        "ref",
+        *(f"ref --control {kind}" for kind in ("other", "answer", "empty", "none"))],
+    "credit": [
+        "critique",
+        *(f"critique --loss-on {part}" for part in ("wrong", "others", "correct"))],
+    "long": [f"{cond} --epochs 70 --teacher {teacher} --divergence {kind}"
+             for cond in ("critique", "ref") for teacher in ("base", "ema", "live")
+             for kind in ("forward", "reverse")],
+    "handoff": [            # beside each alone: as many steps, and as many rollouts
+        *(f"grpo --after {cond} --steps 31" for cond in ("critique", "ref")),
+        "critique", "ref", "grpo",
+        "critique --epochs 32 --steps 278", "ref --epochs 32 --steps 278", "grpo --steps 35"]}
+# All contexts, each with its own predictors and gain.
+ARMS["gap"] = [arm for arm in dict.fromkeys(
+    arm for name in ("contexts", "quoting", "alignment", "critic-noise", "horizon")
+    for arm in ARMS[name]) if not arm.startswith("grpo") and "reverse" not in arm]
 OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--products",
-       "--references"}
+       "--references", "--after"}
 METRICS = ("avg@12", "maj@12", "pass@12")
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "sd/ledger.jsonl"
@@ -101,18 +120,20 @@ class Job:
     options: tuple[str, ...]    # what train.py is given
     products: int
     references: str
+    after: str
 
     @property
     def facts(self) -> dict:
         """What the run's result depends on, as the ledger has it."""
         return {"solver": solver_digest(), "products": self.products,
-                "references": self.references, "options": options_of(self.config)}
+                "references": self.references, "after": self.after,
+                "options": options_of(self.config)}
 
     def find(self, ledger: list[dict]) -> dict | None:
         """The ledger's line of this run. An option that is newer than a line had its default."""
         wanted, defaults = self.facts, options_of(Config())
         for row in ledger:
-            facts = {name: row[name] for name in wanted}
+            facts = {name: row.get(name, "") for name in wanted}
             facts["options"] = defaults | row["options"]
             if facts == wanted:
                 return row
@@ -129,35 +150,15 @@ def make_job(arm: str, seed: int, extra: list[str]) -> Job:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--products", type=int, default=tt.PRODUCTS)
     own.add_argument("--references", default="")
+    own.add_argument("--after", default="")
     args, rest = own.parse_known_args(arm.split()[1:])
     options = ("--cond", arm.split()[0], *rest, *extra, f"--seed={seed}")
-    return Job(arm, seed, config_of(options), options, args.products, args.references)
+    return Job(arm, seed, config_of(options), options, args.products, args.references, args.after)
 
 
 @cache
 def solver_digest() -> str:
     return sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
-
-
-def reference(problem: Problem, kind: str) -> str:
-    """A reference solution of one kind: the facts stay, the derivation moves from the solver's."""
-    pairs, rng = tt.read_problem(problem.problem), random.Random(f"{problem.id} {kind}")
-    if kind == "same":
-        equations = tt.derive(tt.State(list(pairs)), False, tt.SYMBOLS)
-        return render(list(map(str, equations)), problem.answer)
-    if kind == "half":
-        pairs = tt.author_order(pairs, rng)
-    elif kind != "worded":
-        pairs = rng.choice([pairs[i:] + pairs[:i] for i in range(1, len(pairs))] + [pairs[::-1]])
-    if kind != "decomposed":
-        return tt.reference_text(pairs)
-    parts = []
-    for a, b in pairs:
-        half, rest = b // 2, b - b // 2
-        parts.append(f"{a} multiplied by {half} makes {a * half}, "
-                     f"then {a} multiplied by {rest} makes {a * rest}, "
-                     f"then {a * half} plus {a * rest} gives {a * b}")
-    return "first " + ", then ".join(parts) + f", so {problem.answer} is correct"
 
 
 def problems_of(job: Job, out: Path) -> Path:
@@ -194,16 +195,18 @@ def config_of(options: tuple[str, ...]) -> Config:
 
 def run(job: Job, out: Path) -> dict:
     """Trains and measures one arm and seed, unless that is done. Returns the ledger's line."""
-    digest = sha256(json.dumps(job.facts).encode()).hexdigest()[:8]
-    folder = out / f"runs/{job.config.cond}-seed{job.seed}-{digest}"
-    problems = problems_of(job, out)
+    folder, problems, options, begun = folder_of(job, out), problems_of(job, out), job.options, []
+    if job.after:
+        first = make_job(f"{job.after} --steps {FIRST}", job.seed, [])
+        begun = run(first, out)["curve"]
+        options += (f"--model={folder_of(first, out)}/best",)
     if not (folder / "test.json").exists():
         if any(folder.glob("state-*.safetensors")):
             run_command("train.py", f"--resume={folder}")       # does nothing if finished
         else:
             shutil.rmtree(folder, ignore_errors=True)           # killed before its first state
             data = [f"--data={problems}/train.jsonl", f"--val={problems}/val.jsonl"]
-            run_command("train.py", *job.options, *data, f"--out={folder}")
+            run_command("train.py", *options, *data, f"--out={folder}")
         run_command(
             "eval.py", f"{folder}/best",
             f"--test={problems}/test.jsonl",
@@ -214,12 +217,22 @@ def run(job: Job, out: Path) -> dict:
     test = json.loads((folder / "test.json").read_text())
     return job.facts | {
         "test": {name: round(test[name]["mean"], 3) for name in METRICS},
-        "curve": read_curve(folder / "metrics.jsonl")}
+        "curve": read_curve(folder / "metrics.jsonl", begun)}
 
 
-def read_curve(path: Path) -> list[dict]:
-    """A run's evaluations: what was spent until each, and diagnostics averaged since the last."""
-    curve, since, rollouts, tokens = [], [], 0, 0
+def folder_of(job: Job, out: Path) -> Path:
+    digest = sha256(json.dumps(job.facts).encode()).hexdigest()[:8]
+    return out / f"runs/{job.config.cond}-seed{job.seed}-{digest}"
+
+
+def read_curve(path: Path, begun: list[dict]) -> list[dict]:
+    """A run's evaluations: what was spent until each, and diagnostics averaged since the last.
+
+    It goes on from the curve `begun`, in whose last place it puts the weights that it begins with.
+    """
+    curve, since, rollouts = [], [], 0
+    start = begun[-1] if begun else {"step": 0, "rollouts": 0, "tokens": 0}
+    tokens = start["tokens"]
     for row in read_rows(path):
         if "loss" in row:
             tokens += row["length"] * (row["rollouts"] - rollouts)
@@ -227,13 +240,13 @@ def read_curve(path: Path) -> list[dict]:
             since.append(row)
             continue
         avg, = (value for name, value in row.items() if name.startswith("val_avg@"))
-        curve.append({"step": row["step"], "avg": avg, "rollouts": rollouts,
-                      "tokens": round(tokens)})
+        curve.append({"step": start["step"] + row["step"], "avg": avg,
+                      "rollouts": start["rollouts"] + rollouts, "tokens": round(tokens)})
         if since:
-            for name in ("entropy", "signal"):
+            for name in ("entropy", "signal", "length"):
                 curve[-1][name] = round(float(np.mean([step[name] for step in since])), 4)
         since = []
-    return curve
+    return begun[:-1] + curve
 
 
 def confidence(values: np.ndarray) -> tuple[float, float]:
@@ -282,59 +295,7 @@ def table(result: dict) -> str:
         "|---|---|---|"]
     for name, (mean, low, high) in result["differences in avg@12"].items():
         lines.append(f"| {name} | {mean:+.1f} | {low:+.1f} to {high:+.1f} |")
-    if "distance" in result:
-        lines.append("\n| context | KL(teacher, student) on correct steps, nats per token |")
-        lines.append("|---|---|")
-        lines += [f"| {name} | {value:.4f} |" for name, value in result["distance"].items()]
     return "\n".join(lines) + "\n"
-
-
-@torch.no_grad()
-def distance(config: Config, problems: list[Problem]) -> float:
-    """How far a context is from the solver: KL(teacher || student) per token of correct steps.
-
-    This is the loss before the first step of training, on those tokens of validation rollouts.
-    """
-    model, tokenizer = load(EMBEDDED)
-    rollouts = sample_rollouts(model, tokenizer, problems, 1, config, "distance")
-    critic = SymbolicCritic()
-    limit = model.config.max_position_embeddings - config.max_new_tokens
-    feedback(config.cond, rollouts, 1, critic, tokenizer, limit)
-    total = tokens = 0
-    for rollout in rollouts:
-        correct = rollout.trace.steps[:critic(rollout).wrong]       # all of them if it is None
-        if correct:
-            _, end = token_span(tokenizer.pieces(rollout.completion), 0, correct[-1].end)
-            logprobs = []
-            for prompt in (rollout.prompt, rollout.teacher_prompt):
-                hidden = completion_hidden(model, [prompt], [rollout.completion[:end]])
-                logprobs.append(losses.log_probs(model.lm_head(hidden), config.temperature))
-            total += losses.forward_kl(*logprobs).sum().item()
-            tokens += end
-    return total / tokens
-
-
-def figure(result: dict) -> str:
-    """Avg@12 against each context's measured distance, an SVG."""
-    x = axis(0.015, 3, 60, 520, math.log10)
-    y = axis(0, 100, 300, 40)
-    marks = ticks(x, (0.03, 0.1, 0.3, 1), 40, 300, vertical=True)
-    marks += ticks(y, range(0, 101, 20), 60, 520)
-    grpo = y(np.mean(result["arms"]["grpo"]["avg@12"]))     # it has no context, so no distance
-    marks += [line([(60, grpo), (520, grpo)], "grey dashed"), text(526, grpo, "grpo", "grey")]
-    for name, value in result["distance"].items():
-        cond, *kind = name.split()
-        values = result["arms"][name]["avg@12"]
-        mean, half = np.mean(values), spread(values)
-        at, colour = x(value), horizon.COLOURS[cond]
-        marks += [
-            interval((at, y(mean - half)), (at, y(mean + half)), colour),
-            point(at, y(mean), colour),
-            text(at + 9, y(mean) + 4, " ".join(kind[1:]) or cond)]
-    title = "Avg@12 after training, mean and standard deviation over seeds"
-    scale = "KL(teacher, student) on correct steps before training, nats per token"
-    marks += [text(16, 22, title, "bold"), text(290, 340, scale, "middle")]
-    return document(title + f", against the {scale}", 600, 356, marks)
 
 
 @command("sd.experiment", __doc__)
@@ -391,17 +352,19 @@ def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:
         content = horizon.horizon_table(arms)
         write_atomic(out / name / "figure.svg", horizon.figure(arms))
         write_atomic(out / name / "curves.svg", horizon.curves(arms))
+    elif name == "gap":
+        known = {}
+        for arm in arms:
+            job = make_job(arm, 0, [])
+            known[arm] = gap.before(job.config, read_problems(problems_of(job, out) / "val.jsonl"))
+        gained = {arm: gap.gains(lines) for arm, lines in arms.items()}
+        content = gap.gap_table(known, gained)
+        write_atomic(out / name / "figure.svg", gap.figure(known, gained))
     else:
-        result = summary(arms)
-        if name == "alignment":
-            result["distance"] = {}
-            for arm in arms:
-                job = make_job(arm, 0, [])
-                if job.config.cond != "grpo":           # it has no context
-                    problems = read_problems(problems_of(job, out) / "val.jsonl")
-                    result["distance"][arm] = distance(job.config, problems)
-            write_atomic(out / name / "figure.svg", figure(result))
-        content = table(result)
+        content = table(summary(arms))
+        if name == "long":
+            content += "\n" + horizon.decline(arms)
+            write_atomic(out / name / "figure.svg", horizon.long_curves(arms))
     write_atomic(out / name / "table.md", content)
     print(f"{name}\n{content}\nwritten: {out}/{name}", flush=True)
 

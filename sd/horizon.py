@@ -195,3 +195,46 @@ def curves(arms: dict[str, list[dict]]) -> str:
             marks += [text(left, bottom + 16, name, "grey"),
                       text(right, bottom + 16, f"{most:,.0f}", "end grey")]
     return document("Validation Avg@4 against steps, rollouts and tokens", 800, 500, marks)
+
+
+def decline(arms: dict[str, list[dict]]) -> str:
+    """When each long run was best, when it had lost a tenth of that, and what changed; by seed."""
+    out = ["| | best Avg@4, at step | a tenth lower from step | at the end | length, best and end "
+           "| entropy, best and end |", "|---|---|---|---|---|---|"]
+    for name, lines in arms.items():
+        rows = []
+        for run in trained(lines):
+            curve = run["curve"]
+            avg = np.array([row["avg"] for row in curve])
+            best = curve[avg.argmax()]
+            later = [row for row in curve if row["step"] > best["step"]]
+            low = [row["step"] for row in later if row["avg"] < 0.9 * best["avg"]]
+            last = curve[-1]
+            rows.append((f"{best['avg']:.1f}, {best['step']}", str(low[0]) if low else "never",
+                         f"{last['avg']:.1f}", f"{best['length']:.0f}, {last['length']:.0f}",
+                         f"{best['entropy']:.3f}, {last['entropy']:.3f}"))
+        out.append(f"| {name} | {' | '.join(map('; '.join, zip(*rows)))} |")
+    return "\n".join(out) + "\n"
+
+
+def long_curves(arms: dict[str, list[dict]]) -> str:
+    """Validation Avg over a long run, a panel per condition, an SVG."""
+    marks = [text(16, 22, "Avg@4 on validation problems, mean over seeds", "bold")]
+    teachers = {"base": "blue", "ema": "orange", "live": "green"}
+    for i, (teacher, colour) in enumerate(teachers.items()):
+        marks.append(text(400 + 70 * i, 22, teacher, colour))
+    marks.append(text(610, 22, "dashed: reverse KL", "grey"))
+    y, most = axis(0, 100, 300, 54), max(mean(lines, "step")[-1] for lines in arms.values())
+    for i, cond in enumerate(("critique", "ref")):
+        x = axis(0, most, 60 + 340 * i, 360 + 340 * i)
+        marks += ticks(y, range(0, 101, 20), x(0), x(most))
+        marks += [text(x(most / 2), 46, cond, "middle"),
+                  text(x(most), 320, f"step {most:.0f}", "end grey")]
+        for name, lines in arms.items():
+            if name.startswith(cond):
+                style = teachers[name.split("--teacher ")[1].split()[0]]
+                if "reverse" in name:
+                    style += " dashed"
+                points = zip(map(x, mean(lines, "step")), map(y, mean(lines, "avg")))
+                marks.append(line(points, style))
+    return document("Validation Avg@4 over ten times as many steps", 720, 340, marks)

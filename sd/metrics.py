@@ -5,7 +5,7 @@ right; Maj@k is 1 if the most frequent answer is right, and its share of the tie
 equally frequent (the expectation of breaking the tie at random). A rollout without a final answer
 is wrong and has no vote.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], 
     purpose = "evaluate, first" if context == "critique" else "evaluate"
     rollouts = draw(mine, prompts, samples, purpose)
     if context == "critique":       # each rollout has a critique, and so a prompt, of its own
-        feedback("critique", rollouts, 1, SymbolicCritic(), tokenizer, limit)
+        feedback(replace(config, cond="critique"), rollouts, SymbolicCritic(), tokenizer, limit)
         prompts = [r.teacher_prompt for r in rollouts]
         rollouts = draw([r.problem for r in rollouts], prompts, 1, "evaluate")
     found = [[r.answer, r.reward, len(r.completion), r.truncated] for r in rollouts]

@@ -43,6 +43,7 @@ class Rollout:
     critique: Critique | None = None
     teacher_prompt: list[int] | None = None
     shortened: bool = False     # the context did not fit whole
+    weights: list[float] | None = None      # (T) of its tokens in the loss; None: each 1
 
     @property
     def in_normaliser(self) -> bool:

@@ -43,8 +43,8 @@ WRONG = [   # steps, answer: a wrong first product, a wrong sum, a wrong answer 
     (["7*8=56", "6*9=54", "3*4=12", "56+54=110", "110+12=122"], "126"),
 ]
 QUOTING = ("partial", "full", "omit")
-CONTEXTS = {quoting: SymbolicCritic(quoting) for quoting in QUOTING} | {"ref": None}
-CONFIG = Config("grpo")
+CONFIG, SHOWN = Config("grpo"), Config("critique")
+CONTEXTS = {quoting: (SHOWN, SymbolicCritic(quoting)) for quoting in QUOTING} | {"ref": (Config("ref"), None)}
 EVIL = "<script>alert(1)</script></style>\u2028<!-- & "
 ABOUT = "student solver, teacher solver: 3 wrong rollouts of 1 val problems, 8 rollouts each"
 
@@ -76,7 +76,7 @@ def row(problem="p", kinds="bbueaa", grpo=-0.5, end=5, **advantages):
                  parse(kinds), None, 0.0, grpo)
     views = {c: replace(of, critique=Critique("D", "context", 0), logprobs=torch.tensor(a, dtype=float) - 1)
              for c, a in advantages.items()}
-    return Row(of, views, list(kinds), kinds.index("u"), kinds.index("e"), end)
+    return Row(of, views, list(kinds), [0.0] * len(kinds), kinds.index("u"), kinds.index("e"), end)
 
 
 def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows):
@@ -97,7 +97,7 @@ def test_advantages_are_those_of_a_slow_computation_token_by_token(solver, rows)
         student = slow(student_prompt(tokenizer, PROBLEM.problem), ids)
         assert list(r.views) == ["partial", "full", "omit", "ref"]
         for name in QUOTING:
-            critique = CONTEXTS[name](rollout(tokenizer, steps, answer)).text
+            critique = CONTEXTS[name][1](rollout(tokenizer, steps, answer)).text
             teacher = slow(teacher_prompt(tokenizer, PROBLEM.problem, "critique", critique), ids)
             assert r.views[name].critique.text == critique
             np.testing.assert_allclose(r.advantage(name), teacher - student, atol=2e-4)
@@ -217,10 +217,10 @@ def test_rollouts_that_the_critic_calls_right_or_malformed_are_left_out(solver):
         return [r.rollout for r in analyse_rollouts(model, model, tokenizer, [*rollouts], contexts, CONFIG)]
 
     assert found(CONTEXTS, right, wrong) == [wrong] and found(CONTEXTS, right) == []
-    assert found({"partial": Unsure()}, right, wrong) == [] and found(CONTEXTS) == []
+    assert found({"partial": (SHOWN, Unsure())}, right, wrong) == [] and found(CONTEXTS) == []
     other = rollout(tokenizer, *WRONG[1])
-    assert found({"any": Unsure()}, wrong, other) == [other]
-    assert found({"partial": SymbolicCritic(), "other": Unsure()}, wrong, other) == [other]   # not under all
+    assert found({"any": (SHOWN, Unsure())}, wrong, other) == [other]
+    assert found({"partial": (SHOWN, SymbolicCritic()), "other": (SHOWN, Unsure())}, wrong, other) == [other]   # not under all
     assert all(r.critique is None and r.teacher_prompt is None for r in (right, wrong, other))  # copies have
 
 
@@ -230,7 +230,7 @@ def test_a_wrong_answer_in_a_box_after_right_steps_has_no_step_to_show(solver):
     steps = "<step_1> 7*8=56 </step_1>\n<step_2> 6*9=54 </step_2>"
     boxed = SimpleNamespace(batch=lambda rollouts: [Critique("D", steps + "\n<answer> 122 </answer>", 2)])
     assert analyse_rollouts(model, model, tokenizer, [rollout(tokenizer, [], "", text=steps)],
-                            {"critique": boxed}, CONFIG) == []
+                            {"critique": (SHOWN, boxed)}, CONFIG) == []
 
 
 def test_another_teacher_reads_and_the_student_stays(solver, rows):
@@ -252,7 +252,7 @@ def test_grpo_compares_a_rollout_with_its_group(solver, monkeypatch):
                        torch.zeros(8, dtype=torch.bool))
     monkeypatch.setattr("sd.rollouts.sample", lambda *args: sampled)
     rollouts = sample_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 4, CONFIG, "test")
-    feedback("grpo", rollouts, 4, None, tokenizer, 0)
+    feedback(Config("grpo", group=4), rollouts, None, tokenizer, 0)
     found = analyse_rollouts(model, model, tokenizer, rollouts, CONTEXTS, CONFIG)
     for row, expected in zip(found, [-1 / 3 ** 0.5] * 3 + [0] * 4, strict=True):
         np.testing.assert_allclose(row.advantage("grpo"), [expected] * len(bad), rtol=1e-5)
@@ -441,10 +441,12 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
     partial = numbers["contexts"]["partial"]
     assert partial["first wrong token"]["mean"] < -2
     for name, of in numbers["contexts"].items():
-        line, = [line for line in out.splitlines() if line.startswith(name + " ")]
+        line, found = [line for line in out.splitlines() if line.startswith(name + " ")]
         assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
+        assert f"{numbers['credit'][name]['mean']:.2f} [" in found
     assert json.loads(data_of(files[1].read_text()))["summary"] == numbers["contexts"]
     assert figure(numbers["contexts"]) == files[2].read_text()
+    assert numbers["credit"]["partial"]["mean"] > 0.9 and numbers["credit"]["grpo"]["mean"] == 0.5
     table, *written = out.rpartition("]\n")
     assert written[1].splitlines() == [f"written: {f}" for f in files]
     assert run(capsys, monkeypatch, *options)[1] == table + "]\n"       # the seed determines it

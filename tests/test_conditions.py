@@ -110,7 +110,7 @@ def test_a_long_context_is_cut_at_its_end_and_a_rollout_without_any_is_left_out(
 
     def tell(limit):
         rollout = record(problem, "")
-        feedback("ref", [rollout], 1, None, tokenizer, limit)
+        feedback(Config("ref"), [rollout], None, tokenizer, limit)
         return rollout
 
     rollout = tell(len(whole))
@@ -134,12 +134,12 @@ def test_each_condition_tells_what_it_should_and_nothing_else():
             return [Critique("D", f"<answer> {r.problem.answer} </answer>") if r.reward else
                     Critique("", "?", malformed="cut off") for r in rollouts]
 
-    def tell(cond, group):
+    def tell(cond, group=8):
         rollouts = [record(problem, text) for text in (right, wrong, wrong, wrong)]
-        feedback(cond, rollouts, group, Scribe(), tokenizer, 400)
+        feedback(Config(cond, group=group), rollouts, Scribe(), tokenizer, 400)
         return rollouts
 
-    grpo, ref, critique = tell("grpo", 2), tell("ref", 1), tell("critique", 1)
+    grpo, ref, critique = tell("grpo", 2), tell("ref"), tell("critique")
     assert [r.advantage for r in grpo] == [1, -1, 0, 0] and not any(r.teacher_prompt for r in grpo)
     assert [(r.in_normaliser, r.has_gradient) for r in grpo] == [(True, True)] * 2 + [(True, False)] * 2
     shown = teacher_prompt(tokenizer, problem.problem, "ref", problem.solution)

@@ -2,19 +2,14 @@
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 
-from sd import UserError, experiment
-from sd.config import Config
-from sd.experiment import (ARMS, confidence, distance, figure, make_job, measure, problems_of, read_curve, reference,
-                           run, summary, table)
-from sd.llm.checkpoint import load
+from sd import UserError, experiment, gap
+from sd.controls import reference
+from sd.experiment import ARMS, confidence, make_job, measure, problems_of, publish, read_curve, run, summary, table
 from sd.problems import EMBEDDED, embedded, read_problems, write_problems
 from sd.rollouts import Rollout
 from sd.steps import parse
@@ -62,7 +57,7 @@ def test_the_interval_is_the_textbooks_and_not_finite_for_one_seed():
 def line(avg, rollouts=32, curve=(4.0, 50.0)):
     """A run in the ledger, its Maj and Pass the same as its Avg."""
     rows = [{"step": 10 * i, "avg": value, "rollouts": rollouts * i, "tokens": 1000 * i, "entropy": 0.5,
-             "signal": 0.25} for i, value in enumerate(curve)]
+             "signal": 0.25, "length": 100.0} for i, value in enumerate(curve)]
     return {"test": {f"{name}@12": avg for name in ("avg", "maj", "pass")}, "curve": rows}
 
 
@@ -91,59 +86,15 @@ def test_a_curve_has_what_was_spent_until_each_evaluation(tmp_path):
             {"step": 3, "loss": 1.0, "length": 5.0, "rollouts": 24, "entropy": 0.1, "signal": 0.0},
             {"step": 3, "val_avg@4": 9.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_curve(tmp_path / "metrics.jsonl") == [
+    curve = [
         {"step": 0, "avg": 3.0, "rollouts": 0, "tokens": 0},
-        {"step": 2, "avg": 7.5, "rollouts": 16, "tokens": 240, "entropy": 0.3, "signal": 0.75},
-        {"step": 3, "avg": 9.0, "rollouts": 24, "tokens": 280, "entropy": 0.1, "signal": 0.0}]
-
-
-def test_the_figure_shows_what_was_measured():
-    """Heights are linear in Avg, distances from left to right logarithmic in the divergence."""
-    measured = {"ref references same": (0.02, 90.0), "ref references half": (0.2, 50.0),
-                "ref references decomposed": (2.0, 10.0), "critique": (0.2, 70.0)}
-    result = {"arms": {name: {"avg@12": [avg - 5, avg + 5]} for name, (_, avg) in measured.items()} |
-              {"grpo": {"avg@12": [60.0, 60.0]}}, "distance": {name: d for name, (d, _) in measured.items()}}
-    svg = figure(result)
-    ElementTree.fromstring(svg)
-    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = [tuple(map(float, at))
-                                              for at in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
-    assert x1 - x0 == pytest.approx(x2 - x1) and x1 == x3 and x0 < x1
-    assert y1 - y0 == pytest.approx(y2 - y1) and y3 == pytest.approx((y0 + y1) / 2) and y0 < y1
-    half = 50 ** 0.5 * (y1 - y0) / 40               # the standard deviation of 85 and 95, in pixels
-    assert f"M{x0:.1f} {y0 + half:.1f}h" in svg and f"L{x0:.1f} {y0 - half:.1f}h" in svg
-    assert re.search(rf'grey dashed" d="M\S+ {(y1 + y3) / 2:.1f}L', svg)            # grpo's 60
-    assert all(f">{name}</text>" in svg for name in ("same", "half", "decomposed", "critique", "grpo"))
-
-
-def test_the_distance_is_the_mean_divergence_of_correct_steps():
-    """Written out: both prompts, one rollout at a time, the whole trace scored, the tokens then chosen."""
-    model, tokenizer = load(EMBEDDED)
-    problems, seen = PROBLEMS[:24], []
-    with pytest.MonkeyPatch.context() as patch:
-        sample = experiment.sample_rollouts
-        patch.setattr(experiment, "sample_rollouts",
-                      lambda *args: seen.append(sample(*args)) or [replace(r) for r in seen[0]])
-        found = distance(Config("ref"), [replace(p, solution=reference(p, "reordered")) for p in problems])
-    total = count = 0
-    for p, r in zip(problems, seen[0], strict=True):
-        assert isinstance(r, Rollout) and p.id == r.problem.id
-        wrong = SymbolicCritic()(r).wrong
-        text = "".join(tokenizer.pieces(r.completion))
-        steps = re.findall(r"<step_\d+>.*?</step_\d+>\s*", text, re.S)[:wrong]
-        part, end = "", 0
-        while steps and len(part) < len("".join(steps).rstrip()):
-            part += tokenizer.pieces(r.completion)[end]
-            end += 1
-        logp = []
-        for tag in ([], [tokenizer.control("<reference>"), *tokenizer.encode(reference(p, "reordered"))]):
-            prompt = [tokenizer.control("<problem>"), *tokenizer.encode(p.problem), *tag,
-                      tokenizer.control("<solution>")]
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + r.completion]))[0, len(prompt) - 1:-1]
-            logp.append(torch.log_softmax(logits.double() / 1.1, -1)[:end])
-        student, teacher = logp
-        total, count = total + (teacher.exp() * (teacher - student)).sum().item(), count + end
-    assert count > 50 and found == pytest.approx(total / count, rel=1e-4)
+        {"step": 2, "avg": 7.5, "rollouts": 16, "tokens": 240, "entropy": 0.3, "signal": 0.75, "length": 15.0},
+        {"step": 3, "avg": 9.0, "rollouts": 24, "tokens": 280, "entropy": 0.1, "signal": 0.0, "length": 5.0}]
+    assert read_curve(tmp_path / "metrics.jsonl", []) == curve
+    begun = [{"step": 0, "avg": 1.0, "rollouts": 0, "tokens": 0}, {"step": 30, "avg": 2.0, "rollouts": 100, "tokens": 1000}]
+    joined = read_curve(tmp_path / "metrics.jsonl", begun)
+    assert [[row[name] for name in ("step", "avg", "rollouts", "tokens")] for row in joined] == [
+        [0, 1.0, 0, 0], [30, 3.0, 100, 1000], [32, 7.5, 116, 1240], [33, 9.0, 124, 1280]]
 
 
 class Commands:
@@ -214,6 +165,17 @@ def test_the_ledger_knows_a_run_by_its_options_and_nothing_is_measured_twice(tmp
     assert find("ref") is None
 
 
+def test_a_run_after_another_begins_with_its_best_weights(tmp_path, monkeypatch):
+    commands = Commands(monkeypatch)
+    found = run(make_job("grpo --after ref --steps 31", 5, []), tmp_path)
+    first, _, second, _ = commands.asked
+    assert first[:6] == ["train.py", "--cond", "ref", "--steps", "30", "--seed=5"]
+    folder = first[-1].partition("=")[2]
+    assert second[:7] == ["train.py", "--cond", "grpo", "--steps", "31", "--seed=5", f"--model={folder}/best"]
+    assert found["after"] == "ref" and make_job("grpo --after ref --steps 31", 5, []).find([found])
+    assert make_job("grpo --steps 31", 5, []).find([found]) is None
+
+
 def test_problems_of_another_length_or_with_other_references_are_made_once(tmp_path, monkeypatch):
     made = []
 
@@ -237,6 +199,21 @@ def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_anothe
     rate = [make_job(arm, 0, []).facts for arm in ARMS["rate"]]
     horizon = [make_job(arm, 0, []).facts for arm in ARMS["horizon"] if "reverse" not in arm]
     assert all(facts in rate for facts in horizon)
+
+
+def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gap, "before", lambda config, problems: {
+        "lead": 90.0 + config.critic_noise, "correct": 0.1 + config.critic_noise, "wrong": 1.0})
+    monkeypatch.setattr(experiment, "problems_of", lambda job, out: EMBEDDED)
+    figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"]}
+    for name, arms in ARMS.items():
+        publish(name, {arm: [line(40.0), line(50.0, curve=(4.0, 50.0 + i))] for i, arm in enumerate(arms)}, tmp_path)
+        written = sorted(path.name for path in (tmp_path / name).iterdir())
+        assert written == [*figures.get(name, []), "table.md"]
+        table = (tmp_path / name / "table.md").read_text()
+        assert f"{name}\n{table}" in capsys.readouterr().out
+        assert {"rate": "by the rule", "horizon": "untrained", "long": "a tenth lower", "gap": "rank correlation"}.get(
+            name, "2 seeds") in table
 
 
 def test_a_failure_starts_nothing_more(tmp_path, monkeypatch, capsys):

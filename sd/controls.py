@@ -1,0 +1,83 @@
+"""For `sd.experiment` alone: other contexts, other references, a loss on a part of the tokens.
+
+A control stands in the place of what the condition tells the self-teacher, between the same tags.
+If it teaches as much as the condition's own context, the gain was not the feedback's.
+
+    none      no context at all: the teacher reads the student's prompt
+    empty     nothing between the tags
+    answer    the right answer, without a derivation
+    other     the reference, or the critique, of another problem in the batch
+    echo      this rollout's own trace, uncorrected
+    needless  the same, but a right step is "corrected" to itself, written as full quoting does
+    plan      the embedded task's products to compute, without their values
+"""
+import random
+
+from sd.llm.tokenizer import Tokenizer
+from sd.problems import Problem
+from sd.rollouts import Rollout
+from sd.steps import render, token_span
+from sd.task import times_table as tt
+
+
+def replaced(control: str, contexts: list[str | None], rollouts: list[Rollout]) -> list[str | None]:
+    """The contexts that `control` puts in the place of `contexts`."""
+    if control == "other":
+        return contexts[1:] + contexts[:1]
+    return [control_text(control, rollout) for rollout in rollouts]
+
+
+def control_text(control: str, rollout: Rollout) -> str:
+    """`needless` asks for a critique, which says which steps are right."""
+    trace = rollout.trace
+    if control == "answer":
+        return rollout.problem.answer
+    if control == "echo":
+        return trace.text
+    if control == "needless":
+        steps = [step.text for step in trace.steps]
+        right = range(len(steps))[:rollout.critique.wrong]
+        if right:
+            i = random.Random(trace.text).choice(right)
+            steps[i] += f", so {steps[i]} is correct"
+        return render(steps, trace.answer.text if trace.answer else "")
+    if control == "plan":
+        return render([f"{product}=" for product in rollout.problem.problem.split(" + ")], "")
+    return ""                                       # none, empty
+
+
+def restrict(rollout: Rollout, part: str, tokenizer: Tokenizer) -> None:
+    """Sets the rollout's weights (T): 1 on a part of its tokens, 0 elsewhere; for `critique`.
+
+    The part is `correct`, all before the first wrong step or answer; `wrong`, that step; or
+    `others`, all but it. If nothing is wrong, all tokens are `correct`.
+    """
+    trace, wrong = rollout.trace, rollout.critique.wrong
+    start = end = T = len(rollout.completion)
+    step = None if wrong is None else [*trace.steps, trace.answer][wrong]
+    if step:
+        start, end = token_span(tokenizer.pieces(rollout.completion), step.start, step.end)
+    parts = {"correct": range(start), "wrong": range(start, end),
+             "others": [*range(start), *range(end, T)]}
+    rollout.weights = [float(t in parts[part]) for t in range(T)]
+
+
+def reference(problem: Problem, kind: str) -> str:
+    """A reference solution of one kind: the facts stay, the derivation moves from the solver's."""
+    pairs, rng = tt.read_problem(problem.problem), random.Random(f"{problem.id} {kind}")
+    if kind == "same":
+        equations = tt.derive(tt.State(list(pairs)), False, tt.SYMBOLS)
+        return render(list(map(str, equations)), problem.answer)
+    if kind == "half":
+        pairs = tt.author_order(pairs, rng)
+    elif kind != "worded":
+        pairs = rng.choice([pairs[i:] + pairs[:i] for i in range(1, len(pairs))] + [pairs[::-1]])
+    if kind != "decomposed":
+        return tt.reference_text(pairs)
+    parts = []
+    for a, b in pairs:
+        half, rest = b // 2, b - b // 2
+        parts.append(f"{a} multiplied by {half} makes {a * half}, "
+                     f"then {a} multiplied by {rest} makes {a * rest}, "
+                     f"then {a * half} plus {a * rest} gives {a * b}")
+    return "first " + ", then ".join(parts) + f", so {problem.answer} is correct"

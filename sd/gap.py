@@ -1,0 +1,106 @@
+"""What is known of a context before training, and whether it predicts what training gains.
+
+A context is measured on validation rollouts of the untrained solver:
+- lead: how much more often than the solver its self-teacher is right, in percent;
+- correct and wrong: KL(teacher || student) in nats per token, on all before the first wrong step,
+  and on that step. With the forward KL this is the loss before the first step of training.
+"""
+import math
+
+import numpy as np
+import torch
+
+from sd import losses
+from sd.advantage import sample_rollouts
+from sd.conditions import completion_hidden, feedback, open_critic
+from sd.config import Config
+from sd.controls import restrict
+from sd.llm.checkpoint import load
+from sd.llm.sampling import uniforms
+from sd.problems import EMBEDDED, Problem
+from sd.rollouts import roll
+from sd.run.figure import axis, document, point, text, ticks
+from sd.task.symbolic import SymbolicCritic
+
+SAMPLES = 4         # rollouts per problem
+DRAWS = 10_000      # of the bootstrap over contexts
+COLOURS = {"critique": "orange", "ref": "blue"}
+
+
+@torch.no_grad()
+def before(config: Config, problems: list[Problem]) -> dict[str, float]:
+    """The lead, and the divergence on correct and on wrong steps, of the context of `config`."""
+    model, tokenizer = load(EMBEDDED)
+    rollouts = sample_rollouts(model, tokenizer, problems, SAMPLES, config, "before, student")
+    limit = model.config.max_position_embeddings - config.max_new_tokens
+    feedback(config, rollouts, open_critic(config, model, tokenizer, problems), tokenizer, limit)
+    noise = uniforms(len(rollouts), config.max_new_tokens, config.seed, "before, teacher")
+    taught = roll(model, tokenizer, [r.problem for r in rollouts],
+                  [r.teacher_prompt for r in rollouts], 1, config, noise)
+    lead = np.mean([r.reward for r in taught]) - np.mean([r.reward for r in rollouts])
+    critic, total, tokens = SymbolicCritic(), np.zeros(2), np.zeros(2)
+    for rollout in rollouts:
+        rollout.critique = critic(rollout)          # the truth, whatever the context said
+        logprobs = []
+        for prompt in (rollout.prompt, rollout.teacher_prompt):
+            hidden = completion_hidden(model, [prompt], [rollout.completion])
+            logprobs.append(losses.log_probs(model.lm_head(hidden), config.temperature))
+        divergence = losses.forward_kl(*logprobs).numpy()                               # (T)
+        for i, part in enumerate(("correct", "wrong")):
+            restrict(rollout, part, tokenizer)
+            total[i] += divergence @ np.array(rollout.weights)
+            tokens[i] += sum(rollout.weights)
+    correct, wrong = (total / tokens).tolist()
+    return {"lead": 100 * float(lead), "correct": correct, "wrong": wrong}
+
+
+def gains(lines: list[dict]) -> np.ndarray:
+    """By how much validation Avg has risen at the end of each run (S)."""
+    return np.array([line["curve"][-1]["avg"] - line["curve"][0]["avg"] for line in lines])
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, of two columns (A); equal values share their mean rank."""
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
+    with np.errstate(invalid="ignore"):             # NaN if a column is constant
+        return float(np.corrcoef(*ranks)[0, 1])
+
+
+def gap_table(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
+    """Each context's predictors and gain, in Markdown; then how well they go together."""
+    out = ["| context | lead, % | KL on correct steps | on the wrong step | gain in Avg@4 |",
+           "|---|---|---|---|---|"]
+    for name, m in known.items():
+        out.append(f"| {name} | {m['lead']:+.1f} | {m['correct']:.4f} | {m['wrong']:.3f} | "
+                   f"{gained[name].mean():+.1f} |")
+    gain = np.array([gained[name].mean() for name in known])                            # (A)
+    drawn = np.random.default_rng(0).integers(0, len(gain), (DRAWS, len(gain)))
+    out.append(f"\nSpearman's rank correlation with the gain, over {len(gain)} contexts:\n")
+    for column, title in (("lead", "lead"), ("correct", "KL on correct steps")):
+        x = np.array([m[column] for m in known.values()])
+        low, high = np.nanquantile([rank_correlation(x[i], gain[i]) for i in drawn],
+                                   [0.025, 0.975])
+        out.append(f"- {title}: {rank_correlation(x, gain):+.2f} ({low:+.2f} to {high:+.2f}); a "
+                   f"straight line explains {np.corrcoef(x, gain)[0, 1] ** 2:.0%} of the variance")
+    return "\n".join(out) + "\n"
+
+
+def figure(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
+    """Gain against each predictor, a point per context, an SVG."""
+    y = axis(-20, 100, 300, 40)
+    panels = (("lead of the self-teacher, percent", "lead", axis(-20, 100, 60, 330),
+               (0, 50, 100), 60, 330),
+              ("KL on correct steps, nats per token", "correct",
+               axis(0.001, 3, 390, 660, math.log10), (0.001, 0.01, 0.1, 1), 390, 660))
+    marks = [text(16, 22, "Gain in validation Avg@4 after training", "bold")]
+    marks += [text(400 + 90 * i, 22, cond, colour)
+              for i, (cond, colour) in enumerate(COLOURS.items())]
+    for title, column, x, values, left, right in panels:
+        marks += ticks(x, values, 40, 300, vertical=True)
+        marks += ticks(y, (0, 20, 40, 60, 80), left, right)
+        marks.append(text((left + right) / 2, 340, title, "middle"))
+        for name, m in known.items():
+            at = max(m[column], 0.001) if column == "correct" else m[column]
+            marks.append(point(x(at), y(gained[name].mean()), COLOURS[name.split()[0]]))
+    return document("Gain in validation Avg against the self-teacher's lead and its divergence on "
+                    "correct steps, both before training", 690, 356, marks)
