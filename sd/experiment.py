@@ -50,11 +50,10 @@ from sd.task import times_table as tt
 # three: --products takes problems of another length, --references writes reference solutions of one
 # kind, here from near the solver's to far, and --after goes on from FIRST steps of a condition.
 FIRST = 30
-OWN_LR = {n: f"grpo --lr {rate}" for n, rate in horizon.OWN_RATE.items()}
 ARMS = {
     "main": ["critique", "ref", "grpo"],        # whose rate is also grpo's own best here
     "horizon": [f"{arm} --products {n}" for n in horizon.LENGTHS for arm in (
-        "critique", "ref", "grpo", OWN_LR[n],
+        "critique", "ref", "grpo", f"grpo --lr {horizon.OWN_RATE}",
         "critique --divergence reverse", "ref --divergence reverse")],
     "rate": [f"{arm} --products {n}" for n in horizon.LENGTHS for arm in (
         f"critique --lr {horizon.EQUAL_RATE}", f"ref --lr {horizon.EQUAL_RATE}",

@@ -28,7 +28,7 @@ def chart(*marks):
 
 def test_marks_are_where_they_belong():
     assert chart(point(10, 20.04, "blue")).find(SPACE + "circle").attrib == {
-        "class": "blue", "cx": "10.0", "cy": "20.0", "r": "4"}
+        "class": "blue", "cx": "10.0", "cy": "20.0", "r": "3"}
     for start, end in ((30, 80), (80, 30)):                 # a bar goes either way
         rect = chart(bar(start, end, 50, "orange")).findall(SPACE + "rect")[1]
         assert (rect.get("x"), rect.get("width"), rect.get("y"), rect.get("height")) == (

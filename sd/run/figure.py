@@ -75,7 +75,7 @@ def line(points: Iterable[Point], style: str) -> str:
 
 
 def point(x: float, y: float, style: str) -> str:
-    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
 
 
 def bar(start: float, end: float, y: float, style: str) -> str:
