@@ -48,13 +48,13 @@ from sd.run.figure import axis, bar, document, interval, symlog, text, ticks
 from sd.steps import TAGS, Step, Trace, parse, token_span
 
 KINDS = ("correct steps before", "wrong step up to error", "first wrong token", "after it")
-MASS = "A<0: share on wrong step"
+FOUND = "finds the wrong token"
 SHOWN = 12              # rollouts on the page
 ABOVE = (0.3, 1, 3, 10, 30, 100, 1000, 1e4, 1e5)
 TICKS = (*(-tick for tick in reversed(ABOVE)), 0, *ABOVE)
 INTERVAL = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]"      # z: no -0.00
 COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}")
-COLUMNS[MASS] = "{mean:.0%} [{low:.0%}, {high:.0%}]"
+COLUMNS[FOUND] = INTERVAL
 TEMPLATE = Path(__file__).parent / "run/pages/advantage.html"
 
 
@@ -186,22 +186,16 @@ def ratio(above: np.ndarray, below: np.ndarray, problem: np.ndarray) -> dict[str
 def summarise(rows: list[Row]) -> dict:
     """context -> kind -> mean with interval, median, shares beyond -0.5 and +0.5, tokens.
 
-    And the share of the negative mass, the sum of min(A_t, 0), that falls on the wrong step. Kinds
-    without a token are left out, and so is the share if there is no negative mass. M is the number
-    of tokens of all rows.
+    And how well -A_t finds the first wrong token, with `found`. Kinds without a token are left out.
+    M is the number of tokens of all rows.
     """
     ids = [row.rollout.problem.id for row in rows for _ in row.pieces]
     _, problem = np.unique(ids, return_inverse=True)                                    # (M)
-    places = np.concatenate([row.places() for row in rows])                             # (M)
-    in_step = (places > 0) & (places < 4)
-    kinds = np.minimum(places, 3)
+    kinds = np.minimum(np.concatenate([row.places() for row in rows]), 3)               # (M)
     summary = {}
     for name in (*rows[0].views, "grpo"):
         a = np.concatenate([row.advantage(name) for row in rows]).astype(float)         # (M)
-        mass = np.minimum(a, 0)
-        summary[name] = {}
-        if mass.any():
-            summary[name][MASS] = ratio(mass * in_step, mass, problem)
+        summary[name] = {FOUND: found(rows, [-row.advantage(name) for row in rows])}
         for i, kind in enumerate(KINDS):
             chosen = kinds == i
             values = a[chosen]
@@ -214,23 +208,11 @@ def summarise(rows: list[Row]) -> dict:
     return summary
 
 
-def credit(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """How well each signal finds the first wrong token, with intervals over problems: the share of
-    the rollout's other tokens that it ranks lower (AUROC).
-
-    The signals are -A_t of each context and of grpo, whose constant finds nothing (0.5), and what
-    the student knows alone: its surprise -log p and its entropy.
-    """
-    ids = [row.rollout.problem.id for row in rows]
-    _, problem = np.unique(ids, return_inverse=True)                                    # (rows)
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        signals = {name: -row.advantage(name) for name in (*row.views, "grpo")}
-        signals |= {"-log p": -row.rollout.logprobs.numpy(), "entropy": np.array(row.entropy)}
-        for name, signal in signals.items():
-            found.setdefault(name, []).append(auroc(signal, row.first))
-    return {name: ratio(np.array(values), np.ones(len(rows)), problem)
-            for name, values in found.items()}
+def found(rows: list[Row], signals: list[np.ndarray]) -> dict[str, float]:
+    """How well a signal, (T) of each row, finds the first wrong token: AUROC, and its interval."""
+    _, problem = np.unique([row.rollout.problem.id for row in rows], return_inverse=True)
+    values = [auroc(signal, row.first) for row, signal in zip(rows, signals)]
+    return ratio(np.array(values), np.ones(len(rows)), problem)
 
 
 def auroc(signal: np.ndarray, first: int) -> float:
@@ -239,15 +221,10 @@ def auroc(signal: np.ndarray, first: int) -> float:
     return float(np.mean(others < signal[first]) + np.mean(others == signal[first]) / 2)
 
 
-def credit_table(found: dict) -> str:
-    lines = ["how well -A_t finds the first wrong token: AUROC [95 % interval]"]
-    return "\n".join(lines + [name.ljust(8) + INTERVAL.format(**m) for name, m in found.items()])
-
-
 def table(summary: dict) -> str:
     """Contexts x kinds: mean A_t, its interval, the share of tokens below -0.5."""
     lines = [
-        "mean A_t [95 % interval], share of tokens below -0.5",
+        "mean A_t [95 % interval], share of tokens below -0.5; AUROC of -A_t",
         " " * 8 + "".join(title.rjust(28) for title in COLUMNS)]
     for name, numbers in summary.items():
         line = name.ljust(8)
@@ -301,7 +278,7 @@ def page(rows: list[Row], summary: dict, about: str) -> str:
             "advantage": row.rollout.advantage,
             "logp": row.rollout.logprobs.tolist()}
         shown.append(vars(row) | {"rollout": rollout, "views": views})
-    data = {"about": about, "kinds": KINDS, "mass": MASS, "summary": summary, "rollouts": shown}
+    data = {"about": about, "kinds": KINDS, "found": FOUND, "summary": summary, "rollouts": shown}
     html = TEMPLATE.read_text(encoding="utf-8").replace("<!--FIGURE-->", figure(summary))
     return html.replace("<!--DATA-->", script_json(data))
 
@@ -354,9 +331,12 @@ def main(parser: argparse.ArgumentParser) -> None:
              f"temperature {config.temperature}, seed {config.seed}")
     if not rows:
         raise UserError(f"{about}; try more --samples")
-    summary, found = summarise(rows), credit(rows)
-    numbers = {"about": about, "contexts": summary, "credit": found}
-    print(f"{about}\n{table(summary)}\n{credit_table(found)}")
+    summary = summarise(rows)
+    student = {"-log p": found(rows, [-row.rollout.logprobs.numpy() for row in rows]),
+               "entropy": found(rows, [np.array(row.entropy) for row in rows])}
+    numbers = {"about": about, "contexts": summary, "student": student}
+    print(f"{about}\n{table(summary)}\nthe student alone finds it by its "
+          + ", by its ".join(f"{name}: {INTERVAL.format(**m)}" for name, m in student.items()))
     for file, content in (
             (args.json, json.dumps(numbers, indent=1) + "\n"),
             (args.html, page(rows, summary, about)),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sd import advantage
-from sd.advantage import (KINDS, MASS, Row, analyse_rollouts, correction, figure, locate, page, ratio,
+from sd.advantage import (FOUND, KINDS, Row, analyse_rollouts, correction, figure, locate, page, ratio,
                           sample_rollouts, summarise)
 from sd.answers import equal, final_answer
 from sd.conditions import feedback
@@ -168,16 +168,14 @@ def test_means_medians_shares_and_tokens_by_hand():
     assert all(summary["grpo"][kind]["mean"] == -0.5 for kind in KINDS)
 
 
-def test_concentration_by_hand():
-    """Tokens 2-4 are the wrong step: 4 + 1 of 6.5, in problem q 6 of 6.6; grpo's is the share of tokens."""
-    rows = [row(kinds="bbueaa", partial=[-0.5, 2, 0.3, -4, -1, -1]),
-            row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, 0, -0.6])]
-    share = summarise(rows)["partial"][MASS]
-    assert share["mean"] == pytest.approx(11 / 13.1)
-    assert (share["low"], share["high"]) == (pytest.approx(5 / 6.5), pytest.approx(6 / 6.6))
-    assert summarise(rows)["grpo"][MASS]["mean"] == pytest.approx(5 / 11)
-    none = summarise([row(grpo=0.0, partial=[1.0] * 6)])["partial"]                     # no negative mass
-    assert MASS not in none and KINDS[0] in none
+def test_finding_the_wrong_token_by_hand():
+    """The error is token 3 of six, and token 1 of five: 4 and 3 of the others have a larger A_t."""
+    rows = [row(kinds="bbueaa", partial=[-0.5, 2, 0.3, -1, -1, -4]),       # one is lower, one is the same
+            row("q", kinds="ueaaa", end=2, partial=[0.2, -6, 0, -7, -0.6])]
+    share = summarise(rows)["partial"][FOUND]
+    assert share["mean"] == pytest.approx((3.5 / 5 + 3 / 4) / 2)
+    assert (share["low"], share["high"]) == (pytest.approx(0.7), pytest.approx(0.75))
+    assert summarise(rows)["grpo"][FOUND]["mean"] == 0.5
     early = summarise([row(kinds="ueaaa", partial=[0.0] * 5)])                          # no correct step
     assert KINDS[0] not in early["partial"] and KINDS[1] in early["partial"]
 
@@ -441,12 +439,12 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
     partial = numbers["contexts"]["partial"]
     assert partial["first wrong token"]["mean"] < -2
     for name, of in numbers["contexts"].items():
-        line, found = [line for line in out.splitlines() if line.startswith(name + " ")]
-        assert all(f"{of[kind]['mean']:.2f} [" in line for kind in KINDS)
-        assert f"{numbers['credit'][name]['mean']:.2f} [" in found
+        line, = [line for line in out.splitlines() if line.startswith(name + " ")]
+        assert all(f"{of[kind]['mean']:.2f} [" in line for kind in (*KINDS, FOUND))
     assert json.loads(data_of(files[1].read_text()))["summary"] == numbers["contexts"]
     assert figure(numbers["contexts"]) == files[2].read_text()
-    assert numbers["credit"]["partial"]["mean"] > 0.9 and numbers["credit"]["grpo"]["mean"] == 0.5
+    assert partial[FOUND]["mean"] > 0.9 and numbers["contexts"]["grpo"][FOUND]["mean"] == 0.5
+    assert all(f"{name}: {of['mean']:.2f} [" in out for name, of in numbers["student"].items())
     table, *written = out.rpartition("]\n")
     assert written[1].splitlines() == [f"written: {f}" for f in files]
     assert run(capsys, monkeypatch, *options)[1] == table + "]\n"       # the seed determines it
