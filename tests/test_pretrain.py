@@ -3,20 +3,36 @@ import json
 import random
 import re
 import sys
+from itertools import accumulate
+from math import prod
 
 import pytest
+import torch
 
 from sd import pretrain
-from sd.llm.checkpoint import load
+from sd.llm.checkpoint import load, read_config, save_model, write_json
+from sd.llm.model import Transformer
 from sd.llm.tokenizer import Tokenizer
-from sd.problems import EMBEDDED, read_problems
+from sd.problems import EMBEDDED, Problem, read_problems, write_problems
+from sd.rollouts import Rollout
+from sd.scribe import read_critique
+from sd.steps import parse
+from sd.task import corpus
 from sd.task import times_table as tt
 from sd.task.corpus import example
+
+from tests.test_chat import build
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer(EMBEDDED / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """Qwen3's make, with a thinking mode."""
+    return Tokenizer(build(tmp_path_factory.mktemp("chat") / "tokenizer.json", ["<think>", "</think>"]))
 
 
 def products(text):
@@ -25,17 +41,19 @@ def products(text):
     return [(m.start(1), m.start(3), (int(m[1]), int(m[2])), m[3]) for m in re.finditer(equation, text)]
 
 
+@pytest.mark.parametrize("maker", ["tokenizer", "chat"])
 @pytest.mark.parametrize("kind", ["ref", "critique"])
-def test_values_are_targets_where_they_are_copied_from_the_context_and_nowhere_else(kind, tokenizer):
+def test_values_are_targets_where_they_are_copied_from_the_context_and_nowhere_else(kind, maker, request):
     """A slip is written, as the student's own errors stand in what its teacher reads, but is not taught.
 
     The exception, 1 in 100: a factor misread by chance, so that the product is another one of the problem.
     """
     rng, copied, slipped, misread, invented = random.Random(0), 0, 0, 0, 0
+    tokenizer = request.getfixturevalue(maker)
     for i in range(300):
         prompt, ids, target = example(kind, 2 + i % 5, rng, tokenizer)
         given = {frozenset(pair): value for *_, pair, value in products(tokenizer.decode(prompt))}
-        starts = [len("".join(tokenizer.pieces(ids)[:i])) for i in range(len(ids))]
+        starts = list(accumulate(map(len, tokenizer.pieces(ids)), initial=0))[:-1]
         assert len(ids) == len(target) and ids[-1] in tokenizer.eos and target[-1]
         for first, start, (a, b), value in products(tokenizer.decode(ids)):
             taught = [target[starts.index(at)] for at in range(start, start + len(value))]
@@ -77,6 +95,64 @@ def test_without_a_context_everything_is_taught_and_hard_pairs_are_mostly_wrong(
     assert all(right[False]) and 0.02 < sum(right[True]) / len(right[True]) < 0.09       # 5 %
 
 
+def test_as_a_critic_a_chat_model_copies_the_truth_into_the_solvers_own_steps(chat):
+    """The prompt is the scribe's, so the trace and the ground truth are read off it."""
+    rng, cases = random.Random(0), []
+    for i in range(100):
+        prompt, ids, target = example("scribe", 2, rng, chat)
+        assert all(target) and ids[-1] in chat.eos
+        problem, trace, truth = re.search(r"Your task:\n~~~ problem\n(.*)\n~~~ trace of the solver\n(.*)\n~~~ ground "
+                                          r"truth\n(.*)\n~~~ your", chat.decode(prompt), re.DOTALL).groups()
+        answer = parse(trace).answer.text
+        right = answer == truth.split("\n")[0]
+        rollout = Rollout(Problem("", problem, truth.split("\n")[0]), [], [], None, False, parse(trace), answer, right)
+        critique = read_critique(rollout, chat.decode(ids), False)
+        told = {frozenset(pair): value for *_, pair, value in products(truth)}
+        assert {frozenset(pair): value for *_, pair, value in products(critique.text)} == told
+        assert not critique.malformed and len(parse(critique.text).steps) == 3
+        wrong = [told.get(frozenset(pair)) != value for *_, pair, value in products(trace)]
+        if critique.case == "D":                    # the first wrong product is the first that is not copied
+            assert critique.wrong == wrong.index(True)
+        cases.append(critique.case)
+    assert 50 < cases.count("D") < 80 and cases.count("D") + cases.count("A") > 95
+
+
+def test_a_chat_model_that_can_think_is_warmed_up_and_learns_from_its_teacher(tmp_path, monkeypatch, here, chat):
+    """One problem in eight spellings: the student, thinking off, believes 16 and 15; the teacher, thinking on
+    and shown a reference, says 63 and 54. Before the warm-up neither writes a step; afterwards `ref` teaches
+    the student, whose prompt ends in an empty thought, what its teacher says after a closed one."""
+    monkeypatch.setattr(corpus, "FEW", [(7, 9), (6, 9)])
+    monkeypatch.setattr(corpus, "shown_value", lambda pair, rng: prod(pair))
+    monkeypatch.setattr(corpus, "SLIP", {"ref": 0})
+    monkeypatch.setattr(corpus, "LEAN", {"ref": 0})
+    monkeypatch.setattr(tt, "usual_mistakes", lambda pair: [sum(pair)])
+    monkeypatch.setattr(pretrain, "CHAT_KINDS", [[None, None, "ref", "ref"]])
+    monkeypatch.setattr(pretrain, "AdamW", lambda *args, lr, **options: torch.optim.AdamW(*args, lr=4e-3, **options))
+    write_json(tmp_path / "config.json", pretrain.CONFIG | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "vocab_size": chat.vocab_size, "max_position_embeddings": 1024})
+    (tmp_path / "tokenizer.json").write_bytes(chat.path.read_bytes())
+    model, source = Transformer(read_config(tmp_path)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(std=0.125 if "layers" in name else 0.25, generator=source)
+    save_model(tmp_path, dict(model.named_parameters()), tmp_path)
+    pretrain.warm_up(tmp_path, tmp_path / "warm", 0, 60)
+
+    problems = [Problem(a + b, f"What is {a} plus {b}?", "117", f"first {c} makes 63, then {d} makes 54, so 117 is correct")
+                for a, c in (("7 times 9", "7 multiplied by 9"), ("9 times 7", "9 multiplied by 7"))
+                for b, d in (("6 times 9", "6 multiplied by 9"), ("9 times 6", "9 multiplied by 6"))]
+    write_problems(tmp_path / "train.jsonl", problems[:2])
+    write_problems(tmp_path / "val.jsonl", problems[2:])
+    code, out = here("--cond", "ref", "--model", tmp_path / "warm", "--data", tmp_path / "train.jsonl", "--val",
+                     tmp_path / "val.jsonl", "--out", tmp_path / "run", "--lora-rank", "8", "--lr", "4e-3", "--batch", "4",
+                     "--epochs", "20", "--steps", "8", "--eval-every", "8", "--temperature", "1", "--dtype", "bfloat16")
+    assert code == 0, out
+    before, after = map(float, re.findall(r"step .* validation Avg@4 +([\d.]+)", out)[:2])
+    assert before < 20 and after > 80, out
+
+
 def test_labels_are_the_next_token_where_it_is_a_target():
     ids, labels = pretrain.collate([([7, 8], [5, 6, 0], [True, False, True]), ([9], [4, 0], [True, True])])
     assert ids.tolist() == [[7, 8, 5, 6, 0], [9, 4, 0, 0, 0]]
@@ -89,7 +165,7 @@ def test_the_command_makes_a_solver_and_problems_that_it_cannot_solve(tmp_path, 
     monkeypatch.setattr(tt, "LENGTHS", (2, 3))
     monkeypatch.setitem(pretrain.CONFIG, "hidden_size", 16)
     monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path), "--steps", "2"])
-    assert pretrain.main() == 0 and len(re.findall(r"(?m)^[23] products  .*%", capsys.readouterr().out)) == 2
+    assert pretrain.main() == 0 and len(re.findall(r"(?m)^[23] products, .*%", capsys.readouterr().out)) == 2
     assert load(tmp_path)[0].config.hidden_size == 16
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(
         (EMBEDDED / "tokenizer.json").read_text())
