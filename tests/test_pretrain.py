@@ -118,15 +118,14 @@ def test_as_a_critic_a_chat_model_copies_the_truth_into_the_solvers_own_steps(ch
 
 
 def test_a_chat_model_that_can_think_is_warmed_up_and_learns_from_its_teacher(tmp_path, monkeypatch, here, chat):
-    """One problem in eight spellings: the student, thinking off, believes 16 and 15; the teacher, thinking on
-    and shown a reference, says 63 and 54. Before the warm-up neither writes a step; afterwards `ref` teaches
-    the student, whose prompt ends in an empty thought, what its teacher says after a closed one."""
-    monkeypatch.setattr(corpus, "FEW", [(7, 9), (6, 9)])
-    monkeypatch.setattr(corpus, "shown_value", lambda pair, rng: prod(pair))
-    monkeypatch.setattr(corpus, "SLIP", {"ref": 0})
-    monkeypatch.setattr(corpus, "LEAN", {"ref": 0})
+    """One product. The student, whose prompt ends in an empty thought, is warmed up to believe 16; the teacher,
+    who is shown a reference and has thought, to say 63. Then `ref` teaches the one what the other says."""
+    for name, value in (("random_pairs", lambda *_: [(7, 9)]), ("shown_value", lambda pair, rng: prod(pair)),
+                        ("SLIP", {"ref": 0.8}), ("MISREAD", 0), ("LEAN", {"ref": 0}), ("SWAP", 0)):
+        monkeypatch.setattr(corpus, name, value)
     monkeypatch.setattr(tt, "usual_mistakes", lambda pair: [sum(pair)])
-    monkeypatch.setattr(pretrain, "CHAT_KINDS", [[None, None, "ref", "ref"]])
+    monkeypatch.setattr(pretrain, "CHAT_KINDS", [[None, "ref"]])
+    monkeypatch.setattr(pretrain, "CHAT_PRODUCTS", 1)
     monkeypatch.setattr(pretrain, "AdamW", lambda *args, lr, **options: torch.optim.AdamW(*args, lr=4e-3, **options))
     write_json(tmp_path / "config.json", pretrain.CONFIG | {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
@@ -138,19 +137,17 @@ def test_a_chat_model_that_can_think_is_warmed_up_and_learns_from_its_teacher(tm
             if p.dim() > 1:
                 p.normal_(std=0.125 if "layers" in name else 0.25, generator=source)
     save_model(tmp_path, dict(model.named_parameters()), tmp_path)
-    pretrain.warm_up(tmp_path, tmp_path / "warm", 0, 60)
+    pretrain.warm_up(tmp_path, tmp_path / "warm", 0, 40)
 
-    problems = [Problem(a + b, f"What is {a} plus {b}?", "117", f"first {c} makes 63, then {d} makes 54, so 117 is correct")
-                for a, c in (("7 times 9", "7 multiplied by 9"), ("9 times 7", "9 multiplied by 7"))
-                for b, d in (("6 times 9", "6 multiplied by 9"), ("9 times 6", "9 multiplied by 6"))]
-    write_problems(tmp_path / "train.jsonl", problems[:2])
-    write_problems(tmp_path / "val.jsonl", problems[2:])
+    for split, problem in (("train", "What is 7 times 9?"), ("val", "What is 9 times 7?")):
+        write_problems(tmp_path / f"{split}.jsonl", [Problem(split, problem, "63", tt.reference_text([(7, 9)]))])
     code, out = here("--cond", "ref", "--model", tmp_path / "warm", "--data", tmp_path / "train.jsonl", "--val",
-                     tmp_path / "val.jsonl", "--out", tmp_path / "run", "--lora-rank", "8", "--lr", "4e-3", "--batch", "4",
-                     "--epochs", "20", "--steps", "8", "--eval-every", "8", "--temperature", "1", "--dtype", "bfloat16")
+                     tmp_path / "val.jsonl", "--out", tmp_path / "run", "--lora-rank", "16", "--lr", "2e-3",
+                     "--batch", "4", "--epochs", "24", "--max-new-tokens", "48", "--temperature", "0.4",
+                     "--dtype", "bfloat16")
     assert code == 0, out
     before, after = map(float, re.findall(r"step .* validation Avg@4 +([\d.]+)", out)[:2])
-    assert before < 20 and after > 80, out
+    assert before == 0 and after > 80, out
 
 
 def test_labels_are_the_next_token_where_it_is_a_target():
