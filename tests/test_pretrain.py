@@ -137,11 +137,17 @@ def test_a_chat_model_that_can_think_is_warmed_up_and_learns_from_its_teacher(tm
             if p.dim() > 1:
                 p.normal_(std=0.125 if "layers" in name else 0.25, generator=source)
     save_model(tmp_path, dict(model.named_parameters()), tmp_path)
-    pretrain.warm_up(tmp_path, tmp_path / "warm", 0, 40)
+    monkeypatch.setattr(pretrain, "CHAT_SPLITS", {"val": 1, "train": 2, "test": 1})
+    warm = tmp_path / "warm"
+    monkeypatch.setattr(sys, "argv", f"pretrain --model {tmp_path} --out {warm} --steps 40".split())
+    assert pretrain.main() == 0
+    made = [p for split in ("train", "val", "test") for p in read_problems(warm / f"{split}.jsonl")]
+    assert len({tt.key(tt.read_problem(p.problem)[0]) for p in made}) == 4
+    assert all(re.fullmatch(r"What is \d times \d\?", p.problem) for p in made)
 
     for split, problem in (("train", "What is 7 times 9?"), ("val", "What is 9 times 7?")):
         write_problems(tmp_path / f"{split}.jsonl", [Problem(split, problem, "63", tt.reference_text([(7, 9)]))])
-    code, out = here("--cond", "ref", "--model", tmp_path / "warm", "--data", tmp_path / "train.jsonl", "--val",
+    code, out = here("--cond", "ref", "--model", warm, "--data", tmp_path / "train.jsonl", "--val",
                      tmp_path / "val.jsonl", "--out", tmp_path / "run", "--lora-rank", "16", "--lr", "2e-3",
                      "--batch", "4", "--epochs", "24", "--max-new-tokens", "48", "--temperature", "0.4",
                      "--dtype", "bfloat16")
