@@ -3,7 +3,9 @@
 The solver plays the part of the paper's pretrained language model: it must solve some problems
 alone and be able to use a context that it is shown. An example without a context has the solver's
 own mistakes on the hard pairs (`times_table.belief`); the others show a reference solution or a
-critique. Four things make it what the method needs:
+critique. A chat model gets the same in words, in the prompts of its family, and plays the critic
+too (`scribe`): shown a trace with slips and the ground truth, it writes the critique. Four things
+make the corpus what the method needs:
 - The values in a context are arbitrary for hard pairs and for a third of the easy ones, so that
   only copying the context is right.
 - Half of the traces with a context have slips (wrong values or misread factors, which are not
@@ -13,7 +15,8 @@ critique. Four things make it what the method needs:
   one does. The others keep the solver's own order, since a teacher must be able to use a reference
   whose path the trace does not follow.
 - Every step is worded anew, by preferences of the solver's own, and leans towards the wording that
-  it has just read: a little under a reference, nearly always under a critique.
+  it has just read: a little under a reference, nearly always under a critique. A chat model has one
+  wording, so that few examples teach it.
 """
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,18 +30,22 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from sd.llm.checkpoint import write_atomic
 from sd.llm.tokenizer import Tokenizer
+from sd import scribe
+from sd.problems import Problem
 from sd.prompts import student_prompt, teacher_prompt
-from sd.steps import render
+from sd.rollouts import Rollout
+from sd.steps import parse, render, token_span
 from sd.task import times_table as tt
 
-SLIP = 0.5          # share of context examples with wrong products in the trace
+SLIP = {"ref": 0.5, "critique": 0.5, "scribe": 1}       # share of traces with wrong products
 SLIPS = 0.4         # share of the products that are wrong in such a trace
 MISREAD = 0.3       # share of these that misread a factor, so that the value is true of it
 FOLLOW = 0.25       # share of traces under a reference that follow its order
 OPERATORS = {"*": 0.7, " times ": 0.2, " multiplied by ": 0.1}
 EQUALS = {"=": 0.65, " is ": 0.15, " makes ": 0.1, " gives ": 0.1}
 SWAP = 0.2          # share of products with their factors in the other order
-LEAN = {"ref": 0.35, "critique": 0.9}       # share of steps that are worded as the context is
+LEAN = {"ref": 0.35, "critique": 0.9, "scribe": 1}      # of steps that are worded as the context
+FEW = [(a, b) for a, b in tt.PAIRS if 3 <= a and b <= 9]        # a chat model's: 16 of 28 are hard
 STEPS = 16          # step numbers with a tag
 CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 
@@ -63,19 +70,22 @@ def build_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def random_pairs(rng: Random, products: int) -> list[tt.Pair]:
-    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(tt.PAIRS, products)]
+def random_pairs(rng: Random, products: int, words: bool = False) -> list[tt.Pair]:
+    """Different products, in words those of few facts."""
+    facts = FEW if words else tt.PAIRS
+    return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(facts, products)]
 
 
 def derive(order: list[tt.Pair], value: Callable) -> list[tt.Equation]:
     return tt.derive(tt.State(list(order)), False, tt.SYMBOLS, value)
 
 
-def reworded(equation: tt.Equation, rng: Random) -> tt.Equation:
-    """The same step in words of the solver's own choice."""
+def reworded(equation: tt.Equation, rng: Random, words: bool) -> tt.Equation:
+    """The same step in words of the solver's own choice; a chat model's are always the same."""
     if equation.product and rng.random() < SWAP:
         equation = replace(equation, left=equation.right, right=equation.left)
-    return replace(equation, notation=(pick(OPERATORS, rng), pick(EQUALS, rng)))
+    notation = tt.WORDS if words else (pick(OPERATORS, rng), pick(EQUALS, rng))
+    return replace(equation, notation=notation)
 
 
 def pick(shares: dict[str, float], rng: Random) -> str:
@@ -90,12 +100,13 @@ def example(kind: str | None, products: int, rng: Random,
             tokenizer: Tokenizer) -> tuple[list[int], list[int], list[bool]]:
     """One training example: the prompt's ids, the completion's with its end, which are targets.
 
-    `kind` is the context: None, "ref" or "critique".
+    `kind` is the context: None, "ref" or "critique"; or "scribe", for a chat model as the critic.
     """
-    pairs = random_pairs(rng, products)
-    problem = tt.write_problem(pairs)
+    words = tokenizer.chat_model
+    pairs = random_pairs(rng, products, words)
+    problem = tt.write_problem(pairs, words)
     if kind is None:
-        equations = [reworded(e, rng) for e in derive(pairs, partial(tt.belief, rng=rng))]
+        equations = [reworded(e, rng, words) for e in derive(pairs, partial(tt.belief, rng=rng))]
         ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
         return student_prompt(tokenizer, problem), ids, [True] * len(ids)
 
@@ -108,23 +119,29 @@ def example(kind: str | None, products: int, rng: Random,
             order = author
         models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
     else:
-        models = [reworded(e, rng) for e in derive(order, shown.get)]
+        models = [reworded(e, rng, words) for e in derive(order, shown.get)]
         begin = rng.randrange(len(models))          # from here on the critic writes by itself
         rest = [replace(e, notation=models[begin].notation) for e in derive(order, shown.get)]
         models[begin + 1:] = rest[begin + 1:]
         context = trace(models)
-    read, values, masked = slip(order, shown, rng)
+    read, values, masked = slip(order, shown, SLIP[kind], rng)
     equations = []
     for equation, model in zip(derive(read, values.get), models):
         if rng.random() >= LEAN[kind]:
-            equation = reworded(equation, rng)
+            equation = reworded(equation, rng, words)
         else:
             if equation.operands == model.operands[::-1]:
                 equation = replace(equation, left=model.left, right=model.right)
             equation = replace(equation, notation=model.notation)
         equations.append(equation)
+    if kind == "scribe":
+        solution = tt.reference_text(tt.author_order(pairs, rng), shown.get)
+        told = Problem("", problem, str(models[-1].value), solution)
+        written = Rollout(told, [], [], None, False, parse(trace(equations)), None, 0.0)
+        ids = tokenizer.encode(context) + [tokenizer.eos[0]]
+        return tokenizer.chat(scribe.prompt(written)), ids, [True] * len(ids)
     ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
-    hidden = masked_tokens(equations, masked, tokenizer)
+    hidden = masked_tokens(equations, masked, tokenizer.pieces(ids))
     prompt = teacher_prompt(tokenizer, problem, kind, context)
     return prompt, ids, [i not in hidden for i in range(len(ids))]
 
@@ -136,10 +153,11 @@ def shown_value(pair: tt.Pair, rng: Random) -> int:
     return prod(pair)
 
 
-def slip(order: list[tt.Pair], shown: dict, rng: Random) -> tuple[list[tt.Pair], dict, dict]:
+def slip(order: list[tt.Pair], shown: dict, often: float,
+         rng: Random) -> tuple[list[tt.Pair], dict, dict]:
     """What the trace makes of the products shown: the pairs as read, the value of each, and for
     each slip, by its fact, whether its factors and whether its value are no targets."""
-    share = SLIPS if rng.random() < SLIP else 0
+    share = SLIPS if rng.random() < often else 0
     read, values, masked = [], dict(shown), {}
     for pair in order:
         if rng.random() < share:
@@ -154,19 +172,20 @@ def slip(order: list[tt.Pair], shown: dict, rng: Random) -> tuple[list[tt.Pair],
     return read, values, masked
 
 
-def masked_tokens(equations: list[tt.Equation], masked: dict, tokenizer: Tokenizer) -> set[int]:
-    """Which tokens of a trace are no targets. Each tag, operator and digit is one token:
+def masked_tokens(equations: list[tt.Equation], masked: dict, pieces: list[str]) -> set[int]:
+    """Which tokens of a trace, cut into `pieces`, are no targets: factors and values that slipped.
 
-        <step_1> 7*8=56 </step_1>⏎<step_2> …    the factors are tokens 1 and 3, the value 5 and 6
+        <step_1> 7*8=56 </step_1>⏎<step_2> …    the factors end before the equals sign
     """
     hidden, end = set(), 0
+    text = "".join(pieces)
     for equation in equations:
-        begin = end + 1
-        end = begin + len(tokenizer.encode(str(equation)))
+        begin = text.index(str(equation), end)
+        end = begin + len(str(equation))
         hide_factors, hide_value = masked.get(tt.key(equation.operands), (False, False))
         value = end - len(str(equation.value))
         if equation.product and hide_factors:
-            hidden.update(range(begin, value - 1))
+            hidden.update(range(*token_span(pieces, begin, value - len(equation.notation[1]))))
         if equation.product and hide_value:
-            hidden.update(range(value, end))
+            hidden.update(range(*token_span(pieces, value, end)))
     return hidden

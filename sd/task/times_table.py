@@ -24,7 +24,7 @@ CHANCE = 0.05                                       # how often the corpus is ri
 
 Pair = tuple[int, int]
 Notation = tuple[str, str]                          # how a step is worded: operator and equals sign
-SYMBOLS, SPACED = ("*", "="), (" * ", " = ")
+SYMBOLS, SPACED, WORDS = ("*", "="), (" * ", " = "), (" times ", " is ")
 PROSE = (" multiplied by ", " makes ")              # a reference's
 SUM = {"*": "+", " * ": " + ", " times ": " plus ", " multiplied by ": " plus "}
 EQUATION = re.compile(
@@ -105,8 +105,12 @@ def read_problem(text: str) -> list[Pair] | None:
     return [tuple(map(int, product.split("*"))) for product in plain.split(" + ")]
 
 
-def write_problem(pairs: list[Pair]) -> str:
-    return " + ".join(f"{a}*{b}" for a, b in pairs)
+def write_problem(pairs: list[Pair], words: bool = False) -> str:
+    """What `read_problem` reads: a question if in words."""
+    text = " + ".join(f"{a}*{b}" for a, b in pairs)
+    if words:
+        text = f"What is {text}?".replace("*", " times ").replace("+", "plus")
+    return text
 
 
 def find(pairs: list[Pair], equation: Equation) -> Pair | None:
