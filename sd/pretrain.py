@@ -100,9 +100,8 @@ def fit(model: Transformer, tokenizer: Tokenizer, optimizers: list, kinds: list[
     def gradient(examples: list) -> tuple[Tensor, ...]:
         """Of the summed loss, after the loss itself."""
         ids, labels = collate(examples)
-        wanted = labels != -100                                                 # (B, T)
-        logits = model.lm_head(model.hidden(ids)[wanted]).float()               # (M, V)
-        loss = F.cross_entropy(logits, labels[wanted], reduction="sum")
+        logits = model(ids).flatten(0, 1).float()                               # (B * T, V)
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     # one thread for each core scales better than operators that use several
