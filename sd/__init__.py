@@ -44,7 +44,7 @@ def command(name: str, about: str) -> Callable[[Callable[..., None]], Callable[[
             except (UserError, OSError, FloatingPointError) as error:
                 status, message = 2, str(error)
                 if isinstance(error, OSError) and not error.filename:
-                    message = f"standard output: {error}"
+                    message = f"standard output, it seems: {error}"
             except KeyboardInterrupt as stop:
                 status, message = 128 + getattr(stop, "number", 2), "stopped"
             except (RuntimeError, MemoryError) as error:

@@ -276,11 +276,11 @@ def test_without_disk_space_training_says_so_and_leaves_no_half_file(tmp_path):
 
 
 def test_without_disk_space_eval_keeps_the_old_numbers(tmp_path):
-    few_problems(tmp_path)
     file = tmp_path / "numbers.json"
     file.write_text("old")
-    refused(command("eval.py", "--test", tmp_path / "val.jsonl", "--samples", 1, "--json", file,
-                    before=no_space(64)), str(file))
+    # PyTorch 2.9 writes a file of 2,355 bytes when it is imported; ours has 2,800
+    refused(command("eval.py", "--test", EMBEDDED / "val.jsonl", "--samples", 1, "--json", file,
+                    before=no_space(2500)), str(file))
     assert file.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
@@ -299,7 +299,7 @@ def test_a_standard_output_that_takes_nothing_is_told(monkeypatch, capsys, kind)
         status = main()
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
     error = capsys.readouterr().err
-    assert status == 2 and error.startswith("name: standard output: ") and error.count("\n") == 1
+    assert status == 2 and error.startswith("name: standard output, it seems: ") and error.count("\n") == 1
     assert main() == 0
 
 
