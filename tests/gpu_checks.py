@@ -327,7 +327,7 @@ def check_tests(lab: Lab):
     if left < 10:
         raise Skipped("no time is left")
     try:
-        result = subprocess.run([sys.executable, "-m", "pytest", "-q", *lab.tests], capture_output=True, text=True,
+        result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *lab.tests], capture_output=True, text=True,
                                 cwd=Path(__file__).parents[1], timeout=left,
                                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     except subprocess.TimeoutExpired:

@@ -1,5 +1,7 @@
 """`python -m tests.gpu` on the CPU, with small shapes: every part runs, and a wrong GPU would not pass."""
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import sd.llm.compile
 from sd.llm.compile import next_logits
 from tests import gpu, gpu_checks
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -25,36 +28,37 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 PARTS = ["logits bfloat16", "decode bfloat16", "step critique", "train.py critique", "train.py --resume",
-         "speed machine", "speed decode 32", "speed step critique", "memory eager", "tests"]
+         "speed machine", "speed decode 32", "speed step critique", "memory eager"]
 
 
-def test_a_part_of_each_kind_runs_and_is_in_the_table(run, monkeypatch, tmp_path):
-    """.ci/run runs all. Here without torch.compile's traces; the CPU-only tests are one that passes."""
-    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
-    toy = gpu.TINY | {"tests": [str(tmp_path / "test_one.py")]}
-    monkeypatch.setattr(gpu, "TINY", toy)
-    monkeypatch.setattr(sd.llm.compile, "traced", lambda function: function)
-    status, rows, table = run("--parts", ",".join(PARTS))
-    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(PARTS, "passed"), table
-    assert status == 0 and all(f"\n{name} " in table for name in rows)
-    assert rows["train.py --resume"]["numbers"]["resumed"] == 0 and "1 passed" in rows["tests"]["detail"]
+def ahead(folder):
+    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--tiny", "--parts", ",".join(PARTS),
+               "--json", str(folder / "out.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+    return result, json.loads((folder / "out.json").read_text())["rows"]
+
+
+def test_a_part_of_each_kind_runs_and_is_in_the_table(ahead):
+    """.ci/run runs all."""
+    result, rows = ahead["test_gpu"].result()
+    rows = {row["part"]: row for row in rows}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(PARTS, "passed"), result.stdout
+    assert result.returncode == 0 and all(f"\n{name} " in result.stdout for name in rows)
+    assert rows["train.py --resume"]["numbers"]["resumed"] == 0
     for name in ("eager", "compiled"):
         assert rows["speed decode 32"]["numbers"][name]["tokens/s"] > 0
         assert rows["speed step critique"]["numbers"][name]["seconds"].keys() == {
             "sample", "critic", "student forward", "teacher", "loss and backward", "optimiser"}
 
 
-@pytest.mark.parametrize("trace, change", [(True, lambda logits: logits.roll(1, -1)),
-                                           (False, lambda logits: logits * torch.nan)])
+@pytest.mark.parametrize("change", [lambda logits: logits.roll(1, -1), lambda logits: logits * torch.nan])
 def test_a_captured_step_that_samples_other_tokens_is_found_and_other_parts_still_run(
-        trace, change, run, monkeypatch):
+        change, run, monkeypatch):
     """A largest difference taken with Python's max was 0.0 when it was not a number."""
-    traced = sd.llm.compile.traced
-
     def wrong(function):
         assert function is next_logits
-        step = traced(function) if trace else function
-        return lambda *inputs: change(step(*inputs))
+        return lambda *inputs: change(function(*inputs))
     monkeypatch.setattr(sd.llm.compile, "traced", wrong)
     status, rows, table = run("--parts", "decode float32,speed machine")
     assert status == 1 and "FAILED" in table
