@@ -21,24 +21,34 @@ from sd.run import runs
 from sd.run.client import ChatClient
 from sd.steps import parse
 from sd.task.symbolic import SymbolicCritic
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Trainer
 
 SHORT = ["--cond", "critique", "--batch", 4, "--steps", 3, "--eval-samples", 1, "--eval-every", 10]
 
 
-def test_out_of_memory_is_told_and_the_run_goes_on_with_a_smaller_batch(trainer, tmp_path):
-    args = ["--cond", "ref", "--batch", 64, "--micro-batch", 64, "--steps", 1, "--epochs", 2,
-            "--eval-samples", 1, "--out", tmp_path / "run"]
-    code, text = trainer(args, room=200 * 2 ** 20)
+def ahead(base):
+    trainer = Trainer(base)
+    results = base, out_of_memory(trainer, base / "memory"), a_rank_dies(trainer, base / "rank")
+    trainer.close()
+    return results
+
+
+def out_of_memory(trainer, out):
+    first = trainer(["--cond", "ref", "--batch", 64, "--micro-batch", 64, "--steps", 1, "--epochs", 2,
+                     "--eval-samples", 1, "--out", out], room=200 * 2 ** 20)
+    return first, trainer(["--resume", out, "--micro-batch", 8], room=200 * 2 ** 20)
+
+
+def test_out_of_memory_is_told_and_the_run_goes_on_with_a_smaller_batch(ahead):
+    base, ((code, text), resumed), _ = ahead["test_faults"].result()
     assert code == 1 and "Traceback" not in text, text
-    assert text.splitlines()[-2] == f"after step 0; go on with: python train.py --resume {tmp_path}/run"
+    assert text.splitlines()[-2] == f"after step 0; go on with: python train.py --resume {base}/memory"
     assert text.splitlines()[-1].startswith("train.py: out of memory (") and "smaller" in text
-    code, text = trainer(["--resume", tmp_path / "run", "--micro-batch", 8], room=200 * 2 ** 20)
+    code, text = resumed
     assert code == 0 and "done." in text, text
 
 
-def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_goes_on(trainer, tmp_path):
-    out = tmp_path / "run"
+def a_rank_dies(trainer, out):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
          *map(str, SHORT), "--steps", "400", "--epochs", "100", "--out", str(out)],
@@ -53,12 +63,17 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_goes_on(tr
              for pid in children}
     os.kill(ranks[b"1"], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and f"go on with: python train.py --resume {out}" in errors, errors
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     begun = time.time()
-    code, text = trainer(["--resume", out],
-                         lambda text: f"step {steps[-1] + 1:4d}/" in text or time.time() - begun > 60,
-                         signal.SIGTERM)
+    resumed = trainer(["--resume", out],
+                      lambda text: f"step {steps[-1] + 1:4d}/" in text or time.time() - begun > 60,
+                      signal.SIGTERM)
+    return process.returncode, errors, resumed
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_goes_on(ahead):
+    base, _, (status, errors, (code, text)) = ahead["test_faults"].result()
+    assert status != 0 and f"go on with: python train.py --resume {base}/rank" in errors, errors
     assert code == 143 and "from step 0\n" in text, text        # the last state: a minute has not passed
 
 

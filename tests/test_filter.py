@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from sd import filter
 from sd.llm.checkpoint import load
 from sd.llm.sampling import sample, uniforms
-from sd.problems import EMBEDDED, embedded, read_problems
+from sd.problems import EMBEDDED, read_problems
 from sd.prompts import student_prompt
+from tests.conftest import easy_problems
 
+PROBLEMS = easy_problems(12)
 OPTIONS = ["--samples", "8", "--max-correct", "0", "--sample-batch", "16"]
 
 
@@ -22,7 +24,7 @@ def run(tmp_path, monkeypatch, capsys):
     def run(*args, problems=12):
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) + "\n"
-                                for p in embedded("val")[:problems]))
+                                for p in PROBLEMS[:problems]))
         monkeypatch.setattr(sys, "argv", ["sd.filter", "--data", str(data),
                                           "--out", str(tmp_path / "hard.jsonl"), *OPTIONS, *args])
         return filter.main(), *capsys.readouterr()
@@ -34,7 +36,7 @@ def test_it_keeps_what_is_never_solved_when_sampled_one_problem_at_a_time(run, t
     assert status == 0 and "12 of 12  kept " in shown
     model, tokenizer = load(EMBEDDED)
     kept = {p.id for p in read_problems(tmp_path / "hard.jsonl")}
-    for p in embedded("val")[:12]:
+    for p in PROBLEMS:
         out = sample(model, [student_prompt(tokenizer, p.problem)], tokenizer.eos, 128, 1.1, 8,
                      uniforms(8, 128, 0, "filter", filter.key(p)))
         right = sum(tokenizer.decode(c).endswith(f"<answer> {p.answer} </answer>") for c in out.completions())
@@ -61,7 +63,7 @@ def test_a_changed_problem_is_counted_anew_though_its_id_stays(run, tmp_path):
     data.write_text("\n".join(text))
     assert filter.main() == 0
     assert [json.loads(line)["id"] for line in counts.read_text().splitlines()[1:]] == [
-        "val-1", "val-2", "val-3", "val-2"]
+        "easy-0", "easy-1", "easy-2", "easy-1"]
 
 
 def test_what_a_critic_can_solve_is_kept_by_its_least_count(run, tmp_path):
@@ -95,7 +97,7 @@ def test_counts_of_another_setting_are_not_mixed_in(run, tmp_path):
 def test_copies_of_a_problem_are_sampled_and_kept_once(run, tmp_path, monkeypatch):
     """Data sets with several solutions per problem have it in several lines, each with another id."""
     rows = [{"id": str(i), "problem": p.problem, "answer": p.answer}
-            for i, p in enumerate(embedded("val")[:3] * 2)]
+            for i, p in enumerate(PROBLEMS[:3] * 2)]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, shown, _ = run("--data", str(tmp_path / "all.jsonl"), "--max-correct", "8")
     assert status == 0 and "3 different problems of 6" in shown and "3 of 3  kept 3" in shown
@@ -104,7 +106,7 @@ def test_copies_of_a_problem_are_sampled_and_kept_once(run, tmp_path, monkeypatc
 
 def test_it_stops_when_enough_are_kept(run, tmp_path):
     assert run("--max-correct", "8", "--enough", "3")[0] == 0          # two at a time: four were tried
-    assert [p.id for p in read_problems(tmp_path / "hard.jsonl")] == [p.id for p in embedded("val")[:3]]
+    assert [p.id for p in read_problems(tmp_path / "hard.jsonl")] == [p.id for p in PROBLEMS[:3]]
     assert len((tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()) == 1 + 4
     assert run("--max-correct", "8", "--enough", "4")[0] == 0           # these four are just enough
     assert len((tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines()) == 1 + 4
@@ -145,7 +147,7 @@ def test_the_counts_file_holds_a_short_line_per_problem(run, tmp_path):
     run(problems=3)
     settings, *rows = map(json.loads, (tmp_path / "hard.jsonl.counts.jsonl").read_text().splitlines())
     assert settings["seed"] == "0" and settings["samples"] == "8"
-    assert [row["id"] for row in rows] == ["val-1", "val-2", "val-3"]
+    assert [row["id"] for row in rows] == ["easy-0", "easy-1", "easy-2"]
     assert all(row.keys() == {"id", "problem", "correct"} and len(row["problem"]) == 16 for row in rows)
 
 

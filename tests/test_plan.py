@@ -14,6 +14,7 @@ from sd.llm.model import Transformer
 from sd.llm.tokenizer import Tokenizer
 from sd.problems import EMBEDDED
 from sd.prompts import student_prompt
+from tests.conftest import Trainer
 from tests.plan import PROMPT, RUNTIME, count, needs, plan
 
 GIB, NEW = 2 ** 30, 16
@@ -25,62 +26,75 @@ QWEN3 = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, 
          "tie_word_embeddings": True, "attention_bias": False}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+RUNS = {"full": {"steps": 2},       # two: from the second on there are moments
+        "recomputed": {"steps": 1, "lora_rank": 8, "recompute": True}}
+
+
+def small_model(base):
     """A model of 7 million random weights, deep and narrow: activations dominate and computing is short."""
-    base = tmp_path_factory.mktemp("plan")
     (source := base / "source").mkdir()
     copy(EMBEDDED / "tokenizer.json", source)
     (source / "config.json").write_text(json.dumps(QWEN3 | {
         "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 16, "head_dim": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 48000,
         "max_position_embeddings": 512, "tie_word_embeddings": False}))
-    torch.manual_seed(0)
-    model = Transformer(read_config(source))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
-    save_model(base / "model", dict(model.named_parameters()), source)
+    with torch.device("meta"):      # a generator of its own, too: earlier tests run meanwhile
+        model = Transformer(read_config(source))
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.02 * torch.randn(p.shape, generator=generator) if p.dim() > 1 else torch.ones(p.shape)
+               for name, p in model.named_parameters()}
+    save_model(base / "model", weights, source)
     tokenizer = Tokenizer(source / "tokenizer.json")
     problem = "1" * (PROMPT - len(student_prompt(tokenizer, "")))
     assert len(student_prompt(tokenizer, problem)) == PROMPT
-    for split, digit, lines in (("train", "1", 20), ("val", "2", 2)):
+    for split, digit, lines in (("one", "1", 20), ("other", "2", 2)):
         line = json.dumps({"problem": problem[1:] + digit, "answer": "1", "solution": "1" * NEW}) + "\n"
         (base / f"{split}.jsonl").write_text(line * lines)
-    return base
 
 
-@pytest.fixture(scope="module")
-def idle(trainer, tmp_path_factory):
-    """What the smallest run takes: the runtime, as far as a forked process counts it, and next to nothing."""
-    args = ["--cond", "ref", "--steps", 1, "--batch", 1, "--eval-samples", 1, "--max-new-tokens", NEW]
-    assert trainer([*args, "--out", tmp_path_factory.mktemp("idle") / "run"], measured=True)[0] == 0
-    return trainer.peak
+def config_of(base, name):
+    return Config(cond="ref", model=str(base / "model"), data=str(base / "one.jsonl"),
+                  val=str(base / "other.jsonl"), batch=8, micro_batch=8, sample_batch=8, max_new_tokens=NEW,
+                  eval_samples=1, out=str(base / name), **RUNS[name])
 
 
-@pytest.mark.parametrize("name, more", [("full", {"steps": 2}),  # two: from the second on there are moments
-                                        ("recomputed", {"steps": 1, "lora_rank": 8, "recompute": True})])
-def test_the_plan_is_what_a_run_takes(base, trainer, idle, name, more):
-    config = Config(cond="ref", model=str(base / "model"), data=str(base / "train.jsonl"),
-                    val=str(base / "val.jsonl"), batch=8, micro_batch=8, sample_batch=8, max_new_tokens=NEW,
-                    eval_samples=1, out=str(base / name), **more)
-    args = []
-    for option, value in asdict(config).items():
-        if value != getattr(Config(), option):
-            args += [f"--{option.replace('_', '-')}"] + ([value] if value is not True else [])
-    assert trainer(args, measured=True)[0] == 0
-    stays, phases = needs(config)
-    taken, planned = trainer.peak - idle, sum(stays.values()) + max(phases.values()) - RUNTIME["cpu"]
+def ahead(base):
+    """name of a run -> its peak; `idle` is the smallest run's: the runtime, as far as a forked process counts
+    it, and next to nothing; `server` what Python and PyTorch take once they are imported."""
+    trainer, peaks = Trainer(base), {}
+    small_model(base)
+    runs = {"idle": ["--cond", "ref", "--steps", 1, "--batch", 1, "--eval-samples", 1, "--max-new-tokens", NEW,
+                     "--out", base / "idle"]}
+    for name in RUNS:
+        runs[name] = []
+        for option, value in asdict(config_of(base, name)).items():
+            if value != getattr(Config(), option):
+                runs[name] += [f"--{option.replace('_', '-')}"] + ([value] if value is not True else [])
+    for name, args in runs.items():
+        code, text = trainer(args, measured=True)
+        assert code == 0, text
+        peaks[name] = trainer.peak
+    status = Path(f"/proc/{trainer.server.pid}/status").read_text()
+    peaks["server"] = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    trainer.close()
+    return base, peaks
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_plan_is_what_a_run_takes(ahead, name):
+    base, peaks = ahead["test_plan"].result()
+    stays, phases = needs(config_of(base, name))
+    taken, planned = peaks[name] - peaks["idle"], sum(stays.values()) + max(phases.values()) - RUNTIME["cpu"]
     if name != "recomputed":        # the test's own premise
         assert phases[TRAINING] > 0.6 * planned
     assert planned == pytest.approx(taken, rel=0.15), (
         taken / GIB, {part: size / GIB for part, size in (stays | phases).items()})
 
 
-def test_the_plan_knows_what_python_and_pytorch_take(trainer, idle):    # idle: so it has been imported by now
+def test_the_plan_knows_what_python_and_pytorch_take(ahead):
     if torch.backends.cuda.is_built():
         pytest.skip("a build for CUDA takes more")
-    status = Path(f"/proc/{trainer.server.pid}/status").read_text()
-    assert RUNTIME["cpu"] == pytest.approx(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]), rel=0.15)
+    assert RUNTIME["cpu"] == pytest.approx(ahead["test_plan"].result()[1]["server"], rel=0.15)
 
 
 @pytest.fixture

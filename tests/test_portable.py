@@ -43,15 +43,19 @@ assert eval.main() == 0
 """
 
 
-def test_without_posix_calls_everything_is_imported_and_a_run_is_trained_stopped_and_resumed(tmp_path):
+def ahead(base):
+    return base, subprocess.run([sys.executable, "-c", ELSEWHERE, base, *few_problems(base)], cwd=ROOT, text=True,
+                                capture_output=True, stdin=subprocess.DEVNULL)
+
+
+def test_without_posix_calls_everything_is_imported_and_a_run_is_trained_stopped_and_resumed(ahead):
     """Each atomic write opened its folder, which Windows refuses: no run got beyond its first file."""
-    result = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path, *few_problems(tmp_path)], cwd=ROOT,
-                            text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    base, result = ahead["test_portable"].result()
     assert result.returncode == 0, result.stdout + result.stderr
     assert "after step 1; go on with: " in result.stderr and "from step 1\n" in result.stdout
-    one, other = (load_file(tmp_path / name / "last/model.safetensors") for name in ("run", "whole"))
+    one, other = (load_file(base / name / "last/model.safetensors") for name in ("run", "whole"))
     assert all(one[name].equal(other[name]) for name in one) and one.keys() == other.keys()
-    assert sampled(tmp_path / "run") == sampled(tmp_path / "whole")
+    assert sampled(base / "run") == sampled(base / "whole")
 
 
 def test_no_source_file_reads_what_linux_alone_has():
