@@ -4,6 +4,7 @@ A context is measured on validation rollouts of the untrained solver:
 - lead: how much more often than the solver its self-teacher is right, in percent;
 - correct and wrong: KL(teacher || student) in nats per token, on all before the first wrong step,
   and on that step. With the forward KL this is the loss before the first step of training.
+- auroc: how well -A_t finds the first wrong token (advantage.py), and its 95 % interval.
 """
 import math
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from sd import losses
-from sd.advantage import sample_rollouts
+from sd.advantage import analyse_rollouts, found, sample_rollouts
 from sd.conditions import completion_hidden, feedback, open_critic
 from sd.config import Config
 from sd.controls import restrict
@@ -25,22 +26,33 @@ from sd.task.symbolic import SymbolicCritic
 SAMPLES = 4         # rollouts per problem
 DRAWS = 10_000      # of the bootstrap over contexts
 COLOURS = {"critique": "orange", "ref": "blue"}
+# A predictor -> its title, and the axis of the figure: from, to, scale, ticks.
+PREDICTORS = {
+    "lead": ("lead of the self-teacher, percent", -20, 100, float, (0, 50, 100)),
+    "correct": ("KL on correct steps", 0.001, 3, math.log10, (0.001, 0.01, 0.1, 1)),
+    "auroc": ("AUROC for the first wrong token", 0, 1, float, (0, 0.5, 1)),
+}
 
 
 @torch.no_grad()
 def before(config: Config, problems: list[Problem]) -> dict[str, float]:
-    """The lead, and the divergence on correct and on wrong steps, of the context of `config`."""
+    """What is known of the context of `config` before training."""
     model, tokenizer = load(EMBEDDED)
     rollouts = sample_rollouts(model, tokenizer, problems, SAMPLES, config, "before, student")
     limit = model.config.max_position_embeddings - config.max_new_tokens
-    feedback(config, rollouts, open_critic(config, model, tokenizer, problems), tokenizer, limit)
+    critic, truth = open_critic(config, model, tokenizer, problems), SymbolicCritic()
+    contexts = {"truth": (Config("critique"), truth), "shown": (config, critic)}
+    rows = analyse_rollouts(model, model, tokenizer, rollouts, contexts, config)
+    auroc = found(rows, [-row.advantage("shown") for row in rows])
+
+    feedback(config, rollouts, critic, tokenizer, limit)
     noise = uniforms(len(rollouts), config.max_new_tokens, config.seed, "before, teacher")
     taught = roll(model, tokenizer, [r.problem for r in rollouts],
                   [r.teacher_prompt for r in rollouts], 1, config, noise)
     lead = np.mean([r.reward for r in taught]) - np.mean([r.reward for r in rollouts])
-    critic, total, tokens = SymbolicCritic(), np.zeros(2), np.zeros(2)
+    total, tokens = np.zeros(2), np.zeros(2)
     for rollout in rollouts:
-        rollout.critique = critic(rollout)          # the truth, whatever the context said
+        rollout.critique = truth(rollout)           # whatever the context said
         logprobs = []
         for prompt in (rollout.prompt, rollout.teacher_prompt):
             hidden = completion_hidden(model, [prompt], [rollout.completion])
@@ -51,7 +63,8 @@ def before(config: Config, problems: list[Problem]) -> dict[str, float]:
             total[i] += divergence @ np.array(rollout.weights)
             tokens[i] += sum(rollout.weights)
     correct, wrong = (total / tokens).tolist()
-    return {"lead": 100 * float(lead), "correct": correct, "wrong": wrong}
+    return {"lead": 100 * float(lead), "correct": correct, "wrong": wrong,
+            "auroc": auroc["mean"], "low": auroc["low"], "high": auroc["high"]}
 
 
 def gains(lines: list[dict]) -> np.ndarray:
@@ -68,15 +81,16 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def gap_table(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
     """Each context's predictors and gain, in Markdown; then how well they go together."""
-    out = ["| context | lead, % | KL on correct steps | on the wrong step | gain in Avg@4 |",
-           "|---|---|---|---|---|"]
+    out = ["| context | lead, % | KL on correct steps | on the wrong step | AUROC | gain in Avg@4 |",
+           "|---|---|---|---|---|---|"]
     for name, m in known.items():
         out.append(f"| {name} | {m['lead']:+.1f} | {m['correct']:.4f} | {m['wrong']:.3f} | "
+                   f"{m['auroc']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | "
                    f"{gained[name].mean():+.1f} |")
     gain = np.array([gained[name].mean() for name in known])                            # (A)
     drawn = np.random.default_rng(0).integers(0, len(gain), (DRAWS, len(gain)))
     out.append(f"\nSpearman's rank correlation with the gain, over {len(gain)} contexts:\n")
-    for column, title in (("lead", "lead"), ("correct", "KL on correct steps")):
+    for column, (title, *_) in PREDICTORS.items():
         x = np.array([m[column] for m in known.values()])
         low, high = np.nanquantile([rank_correlation(x[i], gain[i]) for i in drawn],
                                    [0.025, 0.975])
@@ -88,19 +102,17 @@ def gap_table(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray])
 def figure(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
     """Gain against each predictor, a point per context, an SVG."""
     y = axis(-20, 100, 300, 40)
-    panels = (("lead of the self-teacher, percent", "lead", axis(-20, 100, 60, 330),
-               (0, 50, 100), 60, 330),
-              ("KL on correct steps, nats per token", "correct",
-               axis(0.001, 3, 390, 660, math.log10), (0.001, 0.01, 0.1, 1), 390, 660))
-    marks = [text(16, 22, "Gain in validation Avg@4 after training", "bold")]
-    marks += [text(400 + 90 * i, 22, cond, colour)
-              for i, (cond, colour) in enumerate(COLOURS.items())]
-    for title, column, x, values, left, right in panels:
+    marks = [text(16, 22, "Gain in validation Avg@4 after training, each context a point", "bold")]
+    for i, (condition, colour) in enumerate(COLOURS.items()):
+        marks.append(text(500 + 90 * i, 22, condition, colour))
+    for i, (column, (title, low, high, scale, values)) in enumerate(PREDICTORS.items()):
+        left, right = 60 + 230 * i, 250 + 230 * i
+        x = axis(low, high, left, right, scale)
         marks += ticks(x, values, 40, 300, vertical=True)
         marks += ticks(y, (0, 20, 40, 60, 80), left, right)
         marks.append(text((left + right) / 2, 340, title, "middle"))
         for name, m in known.items():
-            at = max(m[column], 0.001) if column == "correct" else m[column]
-            marks.append(point(x(at), y(gained[name].mean()), COLOURS[name.split()[0]]))
-    return document("Gain in validation Avg against the self-teacher's lead and its divergence on "
-                    "correct steps, both before training", 690, 356, marks)
+            at = x(max(m[column], low))
+            marks.append(point(at, y(gained[name].mean()), COLOURS[name.split()[0]]))
+    return document("Gain in validation Avg against what is known of a context before training",
+                    730, 356, marks)

@@ -1,7 +1,7 @@
 """Control contexts and losses on a part of the tokens, by hand; a context's predictors, written out."""
 import re
 from dataclasses import replace
-
+from os.path import commonprefix
 from xml.etree import ElementTree
 
 import numpy as np
@@ -111,15 +111,17 @@ def test_rank_correlation_by_hand():
     assert rank_correlation(x, -x) == pytest.approx(-1)
     # ranks 1 2 3 4 and 1.5 1.5 3 4: covariance 4.5, variances 5 and 4.5
     assert rank_correlation(x, np.array([0.0, 0.0, 5.0, 9.0])) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
-    known = {f"ref {i}": {"lead": float(i), "correct": 0.1 ** i, "wrong": 1.0} for i in range(5)}
+    known = {f"ref {i}": {"lead": float(i), "correct": 0.1 ** i, "wrong": 1.0, "auroc": 0.2 * i, "low": 0.0,
+                         "high": 1.0} for i in range(5)}
     gained = {f"ref {i}": np.array([2.0 * i, 4.0 * i]) for i in range(5)}
     text = gap_table(known, gained)
-    assert "lead: +1.00 (+1.00 to +1.00); a straight line explains 100% of the variance" in text
-    assert "KL on correct steps: -1.00" in text and "| ref 2 | +2.0 | 0.0100 | 1.000 | +6.0 |" in text
+    assert "percent: +1.00 (+1.00 to +1.00); a straight line explains 100% of the variance" in text
+    assert "KL on correct steps: -1.00" in text and "first wrong token: +1.00" in text
+    assert "| ref 2 | +2.0 | 0.0100 | 1.000 | 0.40 [0.00, 1.00] | +6.0 |" in text
     svg = gap.figure(known, gained)
     ElementTree.fromstring(svg)
     at = [tuple(map(float, xy)) for xy in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
-    for one, two, three in (at[:3], at[5:8]):                 # linear in the lead; in log KL, to the left
+    for one, two, three in (at[:3], at[5:8], at[10:13]):      # linear in the lead; in log KL, to the left
         assert two[0] - one[0] == pytest.approx(three[0] - two[0], abs=0.11)
         assert two[1] - one[1] == pytest.approx(three[1] - two[1], abs=0.11) and two[1] < one[1]
 
@@ -134,6 +136,7 @@ def test_a_contexts_predictors_written_out(monkeypatch):
     found = before(Config("ref"), problems)
     assert [r.problem for r in seen] == [p for p in problems for _ in range(2)]
     sums, counts = dict.fromkeys(("correct", "wrong"), 0.0), dict.fromkeys(("correct", "wrong"), 0)
+    shares = []
     for r in seen:
         wrong, pieces, logp = SymbolicCritic()(r).wrong, tokenizer.pieces(r.completion), []
         for prompt in (r.prompt, [*r.prompt[:-1], tokenizer.control("<reference>"),
@@ -148,6 +151,11 @@ def test_a_contexts_predictors_written_out(monkeypatch):
         for name, chosen in (("correct", starts < start), ("wrong", (starts >= start) & (starts < end))):
             sums[name] += each[torch.from_numpy(chosen)].sum().item()
             counts[name] += chosen.sum()
+        if wrong is not None and not r.reward:      # the first token that departs from the critique, which copies
+            first = np.flatnonzero(starts <= len(commonprefix([r.trace.text, SymbolicCritic()(r).text])))[-1]
+            lead = (logp[0] - logp[1])[range(len(pieces)), r.completion].numpy()
+            shares.append(np.mean([value < lead[first] for i, value in enumerate(lead) if i != first]))
+    assert found["low"] < found["auroc"] == pytest.approx(np.mean(shares), abs=1e-3) and 0.9 < found["high"] <= 1
     for name in sums:
         assert found[name] == pytest.approx(sums[name] / counts[name], rel=1e-3)
     assert 60 < found["lead"] <= 100                # the teacher is right nine times in ten, the solver seldom

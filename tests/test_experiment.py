@@ -203,7 +203,8 @@ def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_anothe
 
 def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gap, "before", lambda config, problems: {
-        "lead": 90.0 + config.critic_noise, "correct": 0.1 + config.critic_noise, "wrong": 1.0})
+        "lead": 90.0 + config.critic_noise, "correct": 0.1 + config.critic_noise, "wrong": 1.0,
+        "auroc": 0.9 - config.critic_noise, "low": 0.8, "high": 1.0})
     monkeypatch.setattr(experiment, "problems_of", lambda job, out: EMBEDDED)
     figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"]}
     for name, arms in ARMS.items():
