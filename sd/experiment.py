@@ -351,14 +351,15 @@ def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:
         content = horizon.horizon_table(arms)
         write_atomic(out / name / "figure.svg", horizon.figure(arms))
         write_atomic(out / name / "curves.svg", horizon.curves(arms))
-    elif name == "gap":
+    elif name in ("contexts", "gap"):
         known = {}
         for arm in arms:
             job = make_job(arm, 0, [])
             known[arm] = gap.before(job.config, read_problems(problems_of(job, out) / "val.jsonl"))
-        gained = {arm: gap.gains(lines) for arm, lines in arms.items()}
-        content = gap.gap_table(known, gained)
-        write_atomic(out / name / "figure.svg", gap.figure(known, gained))
+        content = gap.gap_table(known, arms)
+        if name == "contexts":
+            content = table(summary(arms)) + "\n" + content
+        write_atomic(out / name / "figure.svg", gap.figure(known, arms))
     else:
         content = table(summary(arms))
         if name == "long":

@@ -67,9 +67,9 @@ def before(config: Config, problems: list[Problem]) -> dict[str, float]:
             "auroc": auroc["mean"], "low": auroc["low"], "high": auroc["high"]}
 
 
-def gains(lines: list[dict]) -> np.ndarray:
-    """By how much validation Avg has risen at the end of each run (S)."""
-    return np.array([line["curve"][-1]["avg"] - line["curve"][0]["avg"] for line in lines])
+def gain_of(lines: list[dict]) -> float:
+    """By how much validation Avg has risen at the end, mean over the runs."""
+    return float(np.mean([line["curve"][-1]["avg"] - line["curve"][0]["avg"] for line in lines]))
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -79,15 +79,16 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
         return float(np.corrcoef(*ranks)[0, 1])
 
 
-def gap_table(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
+def gap_table(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> str:
     """Each context's predictors and gain, in Markdown; then how well they go together."""
-    out = ["| context | lead, % | KL on correct steps | on the wrong step | AUROC | gain in Avg@4 |",
-           "|---|---|---|---|---|---|"]
-    for name, m in known.items():
+    out = ["| context | lead, % | KL on correct steps | on the wrong step | AUROC | gain in Avg@4 "
+           "| length at the end |", "|---|---|---|---|---|---|---|"]
+    gain = np.array([gain_of(arms[name]) for name in known])                            # (A)
+    for (name, m), gained in zip(known.items(), gain):
+        length = np.mean([line["curve"][-1]["length"] for line in arms[name]])
         out.append(f"| {name} | {m['lead']:+.1f} | {m['correct']:.4f} | {m['wrong']:.3f} | "
-                   f"{m['auroc']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | "
-                   f"{gained[name].mean():+.1f} |")
-    gain = np.array([gained[name].mean() for name in known])                            # (A)
+                   f"{m['auroc']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | {gained:+.1f} | "
+                   f"{length:.0f} |")
     drawn = np.random.default_rng(0).integers(0, len(gain), (DRAWS, len(gain)))
     out.append(f"\nSpearman's rank correlation with the gain, over {len(gain)} contexts:\n")
     for column, (title, *_) in PREDICTORS.items():
@@ -99,7 +100,7 @@ def gap_table(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray])
     return "\n".join(out) + "\n"
 
 
-def figure(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) -> str:
+def figure(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> str:
     """Gain against each predictor, a point per context, an SVG."""
     y = axis(-20, 100, 300, 40)
     marks = [text(16, 22, "Gain in validation Avg@4 after training, each context a point", "bold")]
@@ -113,6 +114,6 @@ def figure(known: dict[str, dict[str, float]], gained: dict[str, np.ndarray]) ->
         marks.append(text((left + right) / 2, 340, title, "middle"))
         for name, m in known.items():
             at = x(max(m[column], low))
-            marks.append(point(at, y(gained[name].mean()), COLOURS[name.split()[0]]))
+            marks.append(point(at, y(gain_of(arms[name])), COLOURS[name.split()[0]]))
     return document("Gain in validation Avg against what is known of a context before training",
                     730, 356, marks)

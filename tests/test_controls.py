@@ -113,12 +113,13 @@ def test_rank_correlation_by_hand():
     assert rank_correlation(x, np.array([0.0, 0.0, 5.0, 9.0])) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
     known = {f"ref {i}": {"lead": float(i), "correct": 0.1 ** i, "wrong": 1.0, "auroc": 0.2 * i, "low": 0.0,
                          "high": 1.0} for i in range(5)}
-    gained = {f"ref {i}": np.array([2.0 * i, 4.0 * i]) for i in range(5)}
-    text = gap_table(known, gained)
+    arms = {f"ref {i}": [{"curve": [{"avg": 5.0}, {"avg": 5.0 + gain, "length": 99.0 + gain}]}
+                         for gain in (2.0 * i, 4.0 * i)] for i in range(5)}
+    text = gap_table(known, arms)
     assert "percent: +1.00 (+1.00 to +1.00); a straight line explains 100% of the variance" in text
     assert "KL on correct steps: -1.00" in text and "first wrong token: +1.00" in text
-    assert "| ref 2 | +2.0 | 0.0100 | 1.000 | 0.40 [0.00, 1.00] | +6.0 |" in text
-    svg = gap.figure(known, gained)
+    assert "| ref 2 | +2.0 | 0.0100 | 1.000 | 0.40 [0.00, 1.00] | +6.0 | 105 |" in text
+    svg = gap.figure(known, arms)
     ElementTree.fromstring(svg)
     at = [tuple(map(float, xy)) for xy in re.findall(r'cx="(\S+)" cy="(\S+)"', svg)]
     for one, two, three in (at[:3], at[5:8], at[10:13]):      # linear in the lead; in log KL, to the left

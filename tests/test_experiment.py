@@ -202,11 +202,11 @@ def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_anothe
 
 
 def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gap, "before", lambda config, problems: {
-        "lead": 90.0 + config.critic_noise, "correct": 0.1 + config.critic_noise, "wrong": 1.0,
-        "auroc": 0.9 - config.critic_noise, "low": 0.8, "high": 1.0})
+    monkeypatch.setattr(gap, "before", lambda config, problems: dict.fromkeys(
+        ("lead", "correct", "wrong", "auroc", "low", "high"), config.critic_noise + 0.01 * len(config.control)))
     monkeypatch.setattr(experiment, "problems_of", lambda job, out: EMBEDDED)
-    figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"]}
+    figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"],
+               "contexts": ["figure.svg"]}
     for name, arms in ARMS.items():
         publish(name, {arm: [line(40.0), line(50.0, curve=(4.0, 50.0 + i))] for i, arm in enumerate(arms)}, tmp_path)
         written = sorted(path.name for path in (tmp_path / name).iterdir())
