@@ -20,7 +20,7 @@ from sd.llm.checkpoint import load
 from sd.llm.sampling import uniforms
 from sd.problems import EMBEDDED, Problem
 from sd.rollouts import roll
-from sd.run.figure import axis, document, point, text, ticks
+from sd.run.figure import Panel, panels
 from sd.task.symbolic import SymbolicCritic
 
 SAMPLES = 4         # rollouts per problem
@@ -102,18 +102,10 @@ def gap_table(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -
 
 def figure(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> str:
     """Gain against each predictor, a point per context, an SVG."""
-    y = axis(-20, 100, 300, 40)
-    marks = [text(16, 22, "Gain in validation Avg@4 after training, each context a point", "bold")]
-    for i, (condition, colour) in enumerate(COLOURS.items()):
-        marks.append(text(500 + 90 * i, 22, condition, colour))
-    for i, (column, (title, low, high, scale, values)) in enumerate(PREDICTORS.items()):
-        left, right = 60 + 230 * i, 250 + 230 * i
-        x = axis(low, high, left, right, scale)
-        marks += ticks(x, values, 40, 300, vertical=True)
-        marks += ticks(y, (0, 20, 40, 60, 80), left, right)
-        marks.append(text((left + right) / 2, 340, title, "middle"))
-        for name, m in known.items():
-            at = x(max(m[column], low))
-            marks.append(point(at, y(gain_of(arms[name])), COLOURS[name.split()[0]]))
-    return document("Gain in validation Avg against what is known of a context before training",
-                    730, 356, marks)
+    row = []
+    for column, (title, low, high, scale, ticks) in PREDICTORS.items():
+        dots = [(COLOURS[name.split()[0]], (max(m[column], low), gain_of(arms[name])))
+                for name, m in known.items()]
+        row.append(Panel(title, low, high, ticks, [], dots, scale=scale))
+    return panels("Gain in validation Avg@4 after training, a point for each context", COLOURS,
+                  [row], 200, 260, lowest=-20)

@@ -11,7 +11,7 @@ A rate at which grpo collapses is out, so the others are not measured there.
 """
 import numpy as np
 
-from sd.run.figure import axis, document, line, point, text, ticks
+from sd.run.figure import Panel, panels
 
 LENGTHS = range(2, 7)
 RATES = ("2e-4", "4e-4", "8e-4")
@@ -19,6 +19,7 @@ EQUAL_RATE = "4e-4"
 OWN_RATE = "8e-4"       # grpo's best on validation problems, at each length
 CONDS = ("critique", "ref", "grpo")
 COLOURS = {"critique": "orange", "ref": "blue", "grpo": "green"}
+TEACHERS = {"base": "blue", "ema": "orange", "live": "green"}
 PASSED = (20, 50)       # percent on validation problems
 
 
@@ -147,52 +148,38 @@ def crossing(found: dict[str, dict[int, list[dict]]]) -> str:
 
 def figure(arms: dict[str, list[dict]]) -> str:
     """Test Avg@12 against the number of products, an SVG."""
-    x, y = axis(2, 6, 70, 470), axis(0, 100, 300, 40)
-    marks = ticks(y, range(0, 101, 20), 60, 480)
-    marks += [text(x(n), 320, str(n), "middle grey") for n in LENGTHS]
-    labels = []
+    legend, means, dots = {}, [], []
     for name, lines in variants(arms).items():
         colour = COLOURS[name.split(",")[0]]
-        style = colour if name in COLOURS else f"{colour} dashed"
+        legend[name] = colour if name in COLOURS else f"{colour} dashed"
         points = []
         for n in LENGTHS:
             values = [line["test"]["avg@12"] for line in lines[n]]
-            points.append((x(n), y(np.mean(values))))
-            marks += [point(x(n), y(value), colour) for value in values]
-        marks.append(line(points, style))
-        labels.append((points[-1][1] + 4, name, colour))
-    at = 0
-    for height, name, colour in sorted(labels):
-        at = max(height, at + 14)           # labels do not overlap
-        marks.append(text(486, at, name, colour))
-    marks += [text(16, 22, "Avg@12 on test problems after training: seeds and mean", "bold"),
-              text(270, 342, "products in a problem", "middle")]
-    return document("Avg@12 after training against the number of products", 620, 356, marks)
+            points.append((n, np.mean(values)))
+            dots += [(colour, (n, value)) for value in values]
+        means.append((legend[name], points))
+    panel = Panel("products in a problem", LENGTHS[0], LENGTHS[-1], LENGTHS, means, dots)
+    return panels("Avg@12 on test problems after training: seeds and mean", legend, [[panel]],
+                  560, 260)
 
 
 def curves(arms: dict[str, list[dict]]) -> str:
     """Validation Avg against steps, rollouts and sampled tokens, a column per length, an SVG."""
-    found = {name: lines for name, lines in variants(arms).items() if name in CONDS}
-    marks = [text(16, 22, "Avg@4 on validation problems during training", "bold")]
-    marks += [text(420 + 80 * i, 22, cond, COLOURS[cond]) for i, cond in enumerate(CONDS)]
-    for i, products in enumerate(LENGTHS):
-        left, right = 44 + 150 * i, 170 + 150 * i
-        marks.append(text(left + 63, 44, f"{products} products", "middle"))
-        for j, name in enumerate(("step", "rollouts", "tokens")):
-            top, bottom = 54 + 150 * j, 154 + 150 * j
-            most = max(mean(lines[products], name)[-1] for lines in found.values())
-            x, y = axis(0, most, left, right), axis(0, 100, bottom, top)
-            for value in (0, 50, 100):
-                marks.append(line([(left, y(value)), (right, y(value))], "grid"))
-                if i == 0:
-                    marks.append(text(left - 6, y(value) + 4, str(value), "end grey"))
-            for cond, lines in found.items():
-                points = zip(map(x, mean(lines[products], name)),
-                             map(y, mean(lines[products], "avg")))
-                marks.append(line(points, COLOURS[cond]))
-            marks += [text(left, bottom + 16, name, "grey"),
-                      text(right, bottom + 16, f"{most:,.0f}", "end grey")]
-    return document("Validation Avg@4 against steps, rollouts and tokens", 800, 500, marks)
+    found = variants(arms)
+    rows = []
+    for label, name, unit in (("steps", "step", 1), ("rollouts", "rollouts", 1),
+                              ("thousand tokens", "tokens", 1000)):
+        row = []
+        for products in LENGTHS:
+            drawn, most = [], 0
+            for cond in CONDS:
+                lines = found[cond][products]
+                at = mean(lines, name) / unit
+                drawn.append((COLOURS[cond], zip(at, mean(lines, "avg"))))
+                most = max(most, round(at[-1]))
+            row.append(Panel(label, 0, most, (0, most), drawn, title=f"{products} products"))
+        rows.append(row)
+    return panels("Avg@4 on validation problems during training", COLOURS, rows, 126, 100)
 
 
 def decline(arms: dict[str, list[dict]]) -> str:
@@ -217,22 +204,14 @@ def decline(arms: dict[str, list[dict]]) -> str:
 
 def long_curves(arms: dict[str, list[dict]]) -> str:
     """Validation Avg over a long run, a panel per condition, an SVG."""
-    marks = [text(16, 22, "Avg@4 on validation problems, mean over seeds", "bold")]
-    teachers = {"base": "blue", "ema": "orange", "live": "green"}
-    for i, (teacher, colour) in enumerate(teachers.items()):
-        marks.append(text(400 + 70 * i, 22, teacher, colour))
-    marks.append(text(610, 22, "dashed: reverse KL", "grey"))
-    y, most = axis(0, 100, 300, 54), max(mean(lines, "step")[-1] for lines in arms.values())
-    for i, cond in enumerate(("critique", "ref")):
-        x = axis(0, most, 60 + 340 * i, 360 + 340 * i)
-        marks += ticks(y, range(0, 101, 20), x(0), x(most))
-        marks += [text(x(most / 2), 46, cond, "middle"),
-                  text(x(most), 320, f"step {most:.0f}", "end grey")]
-        for name, lines in arms.items():
-            if name.startswith(cond):
-                style = teachers[name.split("--teacher ")[1].split()[0]]
-                if "reverse" in name:
-                    style += " dashed"
-                points = zip(map(x, mean(lines, "step")), map(y, mean(lines, "avg")))
-                marks.append(line(points, style))
-    return document("Validation Avg@4 over ten times as many steps", 720, 340, marks)
+    legend = {}
+    drawn = {"critique": [], "ref": []}
+    for name, lines in arms.items():
+        cond, teacher, kind = name.split()[0], *name.split()[-3::2]
+        style = TEACHERS[teacher] + (" dashed" if kind == "reverse" else "")
+        legend[f"{teacher}, {kind}"] = style
+        drawn[cond].append((style, zip(mean(lines, "step"), mean(lines, "avg"))))
+    most = round(mean(lines, "step")[-1])
+    row = [Panel("steps", 0, most, (0, most), lines, title=cond) for cond, lines in drawn.items()]
+    return panels("Avg@4 on validation problems over ten times as many steps", legend, [row],
+                  340, 220)

@@ -1,16 +1,11 @@
 """Small charts as self-contained SVG, in the reader's light or dark scheme.
 
 A chart is a list of marks, each a piece of SVG, and `document` puts them on a card. Marks are
-placed in pixels; an axis is a function from values to pixels. A line chart with intervals:
+placed in pixels, which count downwards; an axis is a function from values to pixels. `panels` does
+that for charts of percent against something:
 
-    x = axis(10, 1000, 60, 520, log10)
-    y = axis(0, 100, 290, 30)                       # pixels count downwards
-    marks = ticks(x, (10, 100, 1000), 30, 290, vertical=True)
-    marks += ticks(y, range(0, 101, 20), 60, 520)
-    marks.append(line([(x(n), y(mean)) for n, mean in curve], "blue"))
-    marks += [interval((x(n), y(low)), (x(n), y(high)), "blue") for n, low, high in intervals]
-    marks.append(text(526, y(mean) + 4, "its name", "blue"))
-    svg = document("what the chart shows", 600, 350, marks)
+    panel = Panel("steps", 0, 60, (0, 30, 60), [("blue", [(0, 5.2), (60, 48.4)])])
+    svg = panels("what the chart shows", {"its name": "blue"}, [[panel]], 500, 260)
 
 `style` is one or several class names: blue, orange, green, purple or grey (otherwise a mark has the
 text's colour); dashed for lines; bold, end and middle for texts, which are escaped.
@@ -18,6 +13,7 @@ text's colour); dashed for lines; bold, end and middle for texts, which are esca
 from collections.abc import Callable, Iterable
 from html import escape
 from math import copysign, log1p
+from typing import NamedTuple
 
 LINEAR = 0.1        # `symlog` is close to linear below, and to logarithmic above
 Axis = Callable[[float], float]
@@ -115,3 +111,42 @@ def document(label: str, width: int, height: int, marks: list[str]) -> str:
             f'<style>{STYLE}</style>\n'
             f'<rect class="card" width="{width}" height="{height}" rx="8"/>\n')
     return head + "\n".join(marks) + "\n</svg>\n"
+
+
+class Panel(NamedTuple):
+    """One chart among several: percent against `label`, which goes from `low` to `high`."""
+    label: str
+    low: float
+    high: float
+    ticks: Iterable[float]
+    lines: list[tuple[str, Iterable[Point]]]        # a style, and values to join
+    dots: Iterable[tuple[str, Point]] = ()
+    title: str = ""
+    scale: Axis = float
+
+
+def panels(title: str, legend: dict[str, str], rows: list[list[Panel]], width: int, height: int,
+           lowest: int = 0) -> str:
+    """A figure of charts in rows, each `width` x `height`, from `lowest` to 100 percent.
+
+    `legend` has the style of each name.
+    """
+    marks, at = [text(16, 24, title, "bold")], 16
+    for name, style in legend.items():
+        marks += [line([(at, 44), (at + 18, 44)], style), text(at + 23, 48, name, style)]
+        at += 42 + 6 * len(name)
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            left, top = 48 + (width + 40) * j, 84 + (height + 66) * i
+            right, bottom = left + width, top + height
+            x = axis(panel.low, panel.high, left, right, panel.scale)
+            y = axis(lowest, 100, bottom, top)
+            marks += ticks(x, panel.ticks, top, bottom, vertical=True)
+            marks += ticks(y, range(0, 101, 25), left, right)
+            marks.append(text((left + right) / 2, top - 10, panel.title, "middle"))
+            marks.append(text((left + right) / 2, bottom + 34, panel.label, "middle"))
+            for style, values in panel.lines:
+                marks.append(line([(x(a), y(b)) for a, b in values], style))
+            for style, (a, b) in panel.dots:
+                marks.append(point(x(a), y(b), style))
+    return document(title, right + 24, bottom + 48, marks)
