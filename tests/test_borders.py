@@ -7,7 +7,7 @@ FILES = [*ROOT.glob("sd/**/*.py"), ROOT / "train.py", ROOT / "eval.py"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
            for path in FILES}
 # the critic's factory, and what is about the embedded task itself
-TASK = {"sd.conditions", "sd.controls", "sd.experiment", "sd.gap", "sd.metrics", "sd.pretrain"}
+TASK = {"sd.conditions", "sd.controls", "sd.metrics", "sd.pretrain", "sd.study.gap", "sd.study.ledger"}
 
 
 def imports(path):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from sd import gap
+from sd.study import gap
 from sd.advantage import auroc
 from sd.conditions import Teacher, accumulate, feedback
 from sd.config import Config
 from sd.controls import control_text, replaced, restrict
-from sd.gap import before, gap_table, rank_correlation
-from sd.horizon import decline
+from sd.study.gap import before, gap_table, rank_correlation
+from sd.study.horizon import decline
 from sd.llm.checkpoint import load
 from sd.llm.tokenizer import Tokenizer
 from sd.problems import EMBEDDED, Problem, embedded

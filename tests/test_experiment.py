@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd import UserError, experiment, gap
+from sd import UserError, experiment
 from sd.controls import reference
-from sd.experiment import ARMS, confidence, make_job, measure, problems_of, publish, read_curve, run, summary, table
+from sd.experiment import ARMS, confidence, publish, summary, table
 from sd.problems import EMBEDDED, embedded, read_problems, write_problems
 from sd.rollouts import Rollout
 from sd.steps import parse
+from sd.study import gap
+from sd.study import ledger as kept
+from sd.study.ledger import make_job, measure, problems_of, read_curve, run
 from sd.task.symbolic import SymbolicCritic
 
 PROBLEMS = embedded("val")
@@ -102,7 +105,7 @@ class Commands:
 
     def __init__(self, monkeypatch):
         self.asked = []
-        monkeypatch.setattr(experiment, "run_command", self)
+        monkeypatch.setattr(kept, "run_command", self)
 
     def __call__(self, *command):
         self.asked.append(list(command))
@@ -161,7 +164,7 @@ def test_the_ledger_knows_a_run_by_its_options_and_nothing_is_measured_twice(tmp
     for row in stored:                          # of an earlier version, which lacked an option
         del row["options"]["clip"]
     assert find("ref") and find("ref", 0, ["--clip", "2"]) is None
-    monkeypatch.setattr(experiment, "solver_digest", lambda: "another solver")
+    monkeypatch.setattr(kept, "solver_digest", lambda: "another solver")
     assert find("ref") is None
 
 
@@ -183,7 +186,7 @@ def test_problems_of_another_length_or_with_other_references_are_made_once(tmp_p
         made.append(products)
         for split in ("train", "val", "test"):
             write_problems(folder / f"{split}.jsonl", PROBLEMS[:2])
-    monkeypatch.setattr(experiment, "make_problems", make_problems)
+    monkeypatch.setattr(kept, "make_problems", make_problems)
     assert problems_of(make_job("ref", 0, []), tmp_path) == EMBEDDED
     folder = problems_of(make_job("ref --products 3", 0, []), tmp_path)
     assert problems_of(make_job("grpo --products 3", 1, []), tmp_path) == folder and made == [3]
@@ -223,7 +226,7 @@ def test_a_failure_starts_nothing_more(tmp_path, monkeypatch, capsys):
     def fails(job, out):
         begun.append(job)
         raise UserError("no space")
-    monkeypatch.setattr(experiment, "run", fails)
+    monkeypatch.setattr(kept, "run", fails)
     monkeypatch.setattr(sys, "argv", ["sd.experiment", "main", "--fresh", "--jobs", "1", "--out",
                                       str(tmp_path)])
     assert experiment.main() == 2 and "no space" in capsys.readouterr().err and len(begun) <= 3
@@ -264,7 +267,7 @@ def test_a_number_that_an_arm_has_too_is_no_option(monkeypatch, tmp_path):
 
 
 def test_a_wrong_option_is_reported_once_before_anything_runs(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(experiment, "run_command", lambda *command: pytest.fail(str(command)))
+    monkeypatch.setattr(kept, "run_command", lambda *command: pytest.fail(str(command)))
     for extra, fact in (["--stepps", "20"], "--stepps"), (["--batch=0"], "--batch"):
         monkeypatch.setattr(sys, "argv", ["sd.experiment", "main", *extra, "--out", str(tmp_path)])
         try:

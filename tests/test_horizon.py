@@ -4,11 +4,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from sd import horizon
 from sd.config import Config
-from sd.experiment import ARMS, LEDGER, METRICS, ROOT, make_job, summary, table
-from sd.horizon import CONDS, LENGTHS, RATES, crossing, curves, figure, horizon_table, passing, rate_table, variants
+from sd.experiment import ARMS, summary, table
 from sd.report import read_rows
+from sd.study import horizon
+from sd.study.horizon import CONDS, LENGTHS, RATES, crossing, curves, figure, horizon_table, passing, rate_table, variants
+from sd.study.ledger import LEDGER, METRICS, ROOT, make_job
 from tests.test_experiment import line
 
 

@@ -28,9 +28,9 @@ from random import Random
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from sd import scribe
 from sd.llm.checkpoint import write_atomic
 from sd.llm.tokenizer import Tokenizer
-from sd import scribe
 from sd.problems import Problem
 from sd.prompts import student_prompt, teacher_prompt
 from sd.rollouts import Rollout

@@ -1,6 +1,6 @@
 """Where each feedback wins: tables and figures over the number of products of a problem.
 
-They read lines of the ledger (experiment.py), which hold a run's test scores and its curve. `rate`
+They read lines of the ledger (ledger.py), which hold a run's test scores and its curve. `rate`
 chooses the learning rate and the default length by two rules, written down before any test problem
 was looked at:
 - One rate for all: the largest at which no run of 3 to 6 products, in any condition and seed, ends

@@ -1,0 +1,189 @@
+"""One run of an experiment, and the ledger that keeps what it gave.
+
+A line of the ledger holds what a run's result depends on (the solver's weights, its problems, every
+option), its test scores and its validation curve. A run that has a line is never trained again.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from sd import UserError
+from sd.config import MACHINE, Config, parse_config
+from sd.controls import reference
+from sd.llm.checkpoint import load, write_atomic
+from sd.pretrain import make_problems
+from sd.problems import EMBEDDED, read_problems, write_problems
+from sd.report import read_rows
+from sd.task import times_table as tt
+
+FIRST = 30          # steps of the run that one with --after goes on from
+METRICS = ("avg@12", "maj@12", "pass@12")
+ROOT = Path(__file__).resolve().parent.parent.parent
+LEDGER = ROOT / "sd/ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm of ARMS with one seed."""
+    arm: str
+    seed: int
+    config: Config              # without --data and --val
+    options: tuple[str, ...]    # what train.py is given
+    products: int
+    references: str
+    after: str
+
+    @property
+    def facts(self) -> dict:
+        """What the run's result depends on, as the ledger has it."""
+        return {"solver": solver_digest(), "products": self.products,
+                "references": self.references, "after": self.after,
+                "options": options_of(self.config)}
+
+    def find(self, ledger: list[dict]) -> dict | None:
+        """The ledger's line of this run. An option that is newer than a line had its default."""
+        wanted, defaults = self.facts, options_of(Config())
+        for row in ledger:
+            facts = {name: row.get(name, "") for name in wanted}
+            facts["options"] = defaults | row["options"]
+            if facts == wanted:
+                return row
+        return None
+
+
+def options_of(config: Config) -> dict:
+    left_out = MACHINE | {"out", "data", "val"}     # `products` and `references` say which data
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def make_job(arm: str, seed: int, extra: list[str]) -> Job:
+    """Ends like train.py if it refuses the options."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--products", type=int, default=tt.PRODUCTS)
+    own.add_argument("--references", default="")
+    own.add_argument("--after", default="")
+    args, rest = own.parse_known_args(arm.split()[1:])
+    options = ("--cond", arm.split()[0], *rest, *extra, f"--seed={seed}")
+    return Job(arm, seed, config_of(options), options, args.products, args.references, args.after)
+
+
+@cache
+def solver_digest() -> str:
+    return sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
+
+
+def problems_of(job: Job, out: Path) -> Path:
+    """The folder of a job's problems; makes it when it is first needed."""
+    folder = EMBEDDED
+    if job.products != tt.PRODUCTS:
+        folder = out / f"problems/{job.products}-{solver_digest()[:8]}"
+        if not (folder / "test.jsonl").exists():
+            make_problems(folder, *load(EMBEDDED), job.products)
+    if not job.references:
+        return folder
+    written = out / f"problems/{job.products}-{solver_digest()[:8]}-{job.references}"
+    for split in ("train", "val", "test"):
+        problems = [replace(p, solution=reference(p, job.references))
+                    for p in read_problems(folder / f"{split}.jsonl")]
+        write_problems(written / f"{split}.jsonl", problems)
+    return written
+
+
+def run_command(*command: str) -> None:
+    """Runs one of this project's commands. Raises UserError with its last line of stderr."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                            capture_output=True)
+    if result.returncode:
+        raise UserError(f"{' '.join(command)}: {' '.join(result.stderr.splitlines()[-1:])}")
+
+
+def config_of(options: tuple[str, ...]) -> Config:
+    """What train.py makes of `options`; ends like train.py if it refuses them."""
+    config, _ = parse_config(argparse.ArgumentParser("train.py", allow_abbrev=False), list(options))
+    return config
+
+
+def run(job: Job, out: Path) -> dict:
+    """Trains and measures one arm and seed, unless that is done. Returns the ledger's line."""
+    folder, problems, options, begun = folder_of(job, out), problems_of(job, out), job.options, []
+    if job.after:
+        first = make_job(f"{job.after} --steps {FIRST}", job.seed, [])
+        begun = run(first, out)["curve"]
+        options += (f"--model={folder_of(first, out)}/best",)
+    if not (folder / "test.json").exists():
+        if any(folder.glob("state-*.safetensors")):
+            run_command("train.py", f"--resume={folder}")       # does nothing if finished
+        else:
+            shutil.rmtree(folder, ignore_errors=True)           # killed before its first state
+            data = [f"--data={problems}/train.jsonl", f"--val={problems}/val.jsonl"]
+            run_command("train.py", *options, *data, f"--out={folder}")
+        run_command(
+            "eval.py", f"{folder}/best",
+            f"--test={problems}/test.jsonl",
+            f"--temperature={job.config.temperature}",          # measured as it was trained
+            f"--max-new-tokens={job.config.max_new_tokens}",
+            f"--json={folder}/test.json")
+        print(f"done: {job.arm}, seed {job.seed}", flush=True)
+    test = json.loads((folder / "test.json").read_text())
+    return job.facts | {
+        "test": {name: round(test[name]["mean"], 3) for name in METRICS},
+        "curve": read_curve(folder / "metrics.jsonl", begun)}
+
+
+def folder_of(job: Job, out: Path) -> Path:
+    digest = sha256(json.dumps(job.facts).encode()).hexdigest()[:8]
+    return out / f"runs/{job.config.cond}-seed{job.seed}-{digest}"
+
+
+def read_curve(path: Path, begun: list[dict]) -> list[dict]:
+    """A run's evaluations: what was spent until each, and diagnostics averaged since the last.
+
+    It goes on from the curve `begun`, in whose last place it puts the weights that it begins with.
+    """
+    curve, since, rollouts = [], [], 0
+    start = begun[-1] if begun else {"step": 0, "rollouts": 0, "tokens": 0}
+    tokens = start["tokens"]
+    for row in read_rows(path):
+        if "loss" in row:
+            tokens += row["length"] * (row["rollouts"] - rollouts)
+            rollouts = row["rollouts"]
+            since.append(row)
+            continue
+        avg, = (value for name, value in row.items() if name.startswith("val_avg@"))
+        curve.append({"step": start["step"] + row["step"], "avg": avg,
+                      "rollouts": start["rollouts"] + rollouts, "tokens": round(tokens)})
+        if since:
+            for name in ("entropy", "signal", "length"):
+                curve[-1][name] = round(float(np.mean([step[name] for step in since])), 4)
+        since = []
+    return begun[:-1] + curve
+
+
+def measure(jobs: dict[str, list[Job]], ledger: list[dict], out: Path, at_once: int) -> None:
+    """Runs what the ledger lacks, all arms of a seed before the next seed, and adds it."""
+    missing = []
+    for row in zip(*jobs.values()):
+        for job in row:
+            if not job.find(ledger) and job.facts not in [other.facts for other in missing]:
+                missing.append(job)
+    if missing:
+        print(f"{len(missing)} runs, {at_once} at a time, to {out}/runs; the same command, if "
+              "stopped, goes on", flush=True)
+    for job in missing:
+        problems_of(job, out)
+    with ThreadPoolExecutor(at_once) as pool:           # after a failure, nothing new begins
+        for found in pool.map(lambda job: run(job, out), missing):
+            ledger.append(found)
+            own = [*read_rows(out / "ledger.jsonl"), found]
+            write_atomic(out / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in own))
