@@ -111,19 +111,10 @@ def example(kind: str | None, products: int, rng: Random,
         return student_prompt(tokenizer, problem), ids, [True] * len(ids)
 
     shown = {pair: shown_value(pair, rng) for pair in pairs}
-    order = pairs
     if kind == "ref":
-        author = tt.author_order(pairs, rng, same=0.25)
-        context = tt.reference_text(author, shown.get)
-        if rng.random() < FOLLOW:
-            order = author
-        models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
+        order, models, context = shown_reference(pairs, shown, rng)
     else:
-        models = [reworded(e, rng, words) for e in derive(order, shown.get)]
-        begin = rng.randrange(len(models))          # from here on the critic writes by itself
-        rest = [replace(e, notation=models[begin].notation) for e in derive(order, shown.get)]
-        models[begin + 1:] = rest[begin + 1:]
-        context = trace(models)
+        order, models, context = shown_critique(pairs, shown, rng, words)
     read, values, masked = slip(order, shown, SLIP[kind], rng)
     equations = []
     for equation, model in zip(derive(read, values.get), models):
@@ -134,16 +125,37 @@ def example(kind: str | None, products: int, rng: Random,
                 equation = replace(equation, left=model.left, right=model.right)
             equation = replace(equation, notation=model.notation)
         equations.append(equation)
+    written = trace(equations)
     if kind == "scribe":
         solution = tt.reference_text(tt.author_order(pairs, rng), shown.get)
         told = Problem("", problem, str(models[-1].value), solution)
-        written = Rollout(told, [], [], None, False, parse(trace(equations)), None, 0.0)
+        rollout = Rollout(told, [], [], None, False, parse(written), None, 0.0)
         ids = tokenizer.encode(context) + [tokenizer.eos[0]]
-        return tokenizer.chat(scribe.prompt(written)), ids, [True] * len(ids)
-    ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
+        return tokenizer.chat(scribe.prompt(rollout)), ids, [True] * len(ids)
+    ids = tokenizer.encode(written) + [tokenizer.eos[0]]
     hidden = masked_tokens(equations, masked, tokenizer.pieces(ids))
     prompt = teacher_prompt(tokenizer, problem, kind, context)
     return prompt, ids, [i not in hidden for i in range(len(ids))]
+
+
+def shown_reference(pairs: list[tt.Pair], shown: dict,
+                    rng: Random) -> tuple[list[tt.Pair], list[tt.Equation], str]:
+    """The order that the trace takes, the step that each of its steps may be worded as, the text."""
+    author = tt.author_order(pairs, rng, same=0.25)
+    order = author if rng.random() < FOLLOW else pairs
+    models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
+    return order, models, tt.reference_text(author, shown.get)
+
+
+def shown_critique(pairs: list[tt.Pair], shown: dict, rng: Random,
+                   words: bool) -> tuple[list[tt.Pair], list[tt.Equation], str]:
+    """As `shown_reference`: the solver's steps up to a random one, then steps of one wording."""
+    equations = derive(pairs, shown.get)
+    models = [reworded(e, rng, words) for e in equations]
+    begin = rng.randrange(len(models))              # from here on the critic writes by itself
+    rest = [replace(e, notation=models[begin].notation) for e in equations]
+    models[begin + 1:] = rest[begin + 1:]
+    return pairs, models, trace(models)
 
 
 def shown_value(pair: tt.Pair, rng: Random) -> int:
