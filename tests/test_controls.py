@@ -113,7 +113,8 @@ def test_rank_correlation_by_hand():
     assert rank_correlation(x, np.array([0.0, 0.0, 5.0, 9.0])) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
     known = {f"ref {i}": {"lead": float(i), "correct": 0.1 ** i, "wrong": 1.0, "auroc": 0.2 * i, "low": 0.0,
                          "high": 1.0} for i in range(5)}
-    arms = {f"ref {i}": [{"curve": [{"avg": 5.0}, {"avg": 5.0 + gain, "length": 99.0 + gain}]}
+    arms = {f"ref {i}": [{"curve": [{"avg": 5.0, "tokens": 700, "rollouts": 32},
+                                    {"avg": 5.0 + gain, "tokens": 700 + 32 * (99 + gain), "rollouts": 64}]}
                          for gain in (2.0 * i, 4.0 * i)] for i in range(5)}
     text = gap_table(known, arms)
     assert "percent: +1.00 (+1.00 to +1.00); a straight line explains 100% of the variance" in text

@@ -85,7 +85,9 @@ def gap_table(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -
            "| length at the end |", "|---|---|---|---|---|---|---|"]
     gain = np.array([gain_of(arms[name]) for name in known])                            # (A)
     for (name, m), gained in zip(known.items(), gain):
-        length = np.mean([line["curve"][-1]["length"] for line in arms[name]])
+        ends = [line["curve"][-2:] for line in arms[name]]
+        length = np.mean([(b["tokens"] - a["tokens"]) / (b["rollouts"] - a["rollouts"])
+                          for a, b in ends])
         out.append(f"| {name} | {m['lead']:+.1f} | {m['correct']:.4f} | {m['wrong']:.3f} | "
                    f"{m['auroc']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | {gained:+.1f} | "
                    f"{length:.0f} |")
