@@ -6,7 +6,7 @@ If it teaches as much as the condition's own context, the gain was not the feedb
     none      no context at all: the teacher reads the student's prompt
     empty     nothing between the tags
     answer    the right answer, without a derivation
-    other     the reference, or the critique, of another problem in the batch
+    other     the reference, or the critique, of the batch's next problem
     echo      this rollout's own trace, uncorrected
     needless  the same, but a right step is "corrected" to itself, written as full quoting does
     plan      the embedded task's products to compute, without their values
@@ -22,9 +22,14 @@ from sd.task import times_table as tt
 
 def replaced(control: str, contexts: list[str | None], rollouts: list[Rollout]) -> list[str | None]:
     """The contexts that `control` puts in the place of `contexts`."""
-    if control == "other":
-        return contexts[1:] + contexts[:1]
-    return [control_text(control, rollout) for rollout in rollouts]
+    if control != "other":
+        return [control_text(control, rollout) for rollout in rollouts]
+    result = []
+    for i, rollout in enumerate(rollouts):
+        following = [*range(i + 1, len(rollouts)), *range(i)]
+        others = [j for j in following if rollouts[j].problem != rollout.problem]
+        result.append(contexts[others[0]] if others else None)
+    return result
 
 
 def control_text(control: str, rollout: Rollout) -> str:

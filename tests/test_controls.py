@@ -47,7 +47,14 @@ def test_what_each_control_shows():
     assert control_text("empty", r) == ""
     first_wrong = rollout(WRONG.replace("7*8=56", "7*8=57"))
     assert control_text("needless", first_wrong) == first_wrong.trace.text         # no right step to correct
-    assert replaced("other", ["a", None, "c"], [r] * 3) == [None, "c", "a"]
+
+
+def test_anothers_context_is_never_of_the_same_problem():
+    """Of four rollouts of a problem side by side, three were shown a critique of that very problem."""
+    a, b, c = (rollout(WRONG, replace(PROBLEM, id=name)) for name in "abc")
+    assert replaced("other", ["a", None, "c"], [a, b, c]) == [None, "c", "a"]
+    assert replaced("other", ["a1", "a2", "b1", "b2"], [a, a, b, b]) == ["b1", "b1", "a1", "a1"]
+    assert replaced("other", ["a1", "a2"], [a, a]) == [None, None]
 
 
 def test_a_control_takes_the_place_of_the_context():
