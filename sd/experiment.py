@@ -87,10 +87,11 @@ ARMS = {
         *(f"grpo --after {cond} --steps 31" for cond in ("critique", "ref")),
         "critique", "ref", "grpo",
         "critique --epochs 32 --steps 278", "ref --epochs 32 --steps 278", "grpo --steps 35"]}
-# All contexts, each with its own predictors and gain.
+# All contexts, each once, with its own predictors and gain.
 ARMS["gap"] = [arm for arm in dict.fromkeys(
     arm for name in ("contexts", "quoting", "alignment", "critic-noise", "horizon")
-    for arm in ARMS[name]) if not arm.startswith("grpo") and "reverse" not in arm]
+    for arm in ARMS[name]) if not arm.startswith("grpo") and "reverse" not in arm
+    and not arm.endswith((" partial", " 0.0", " 6"))]           # which say the default
 OWN = {"--seed", "--cond", "--model", "--data", "--val", "--preset", "--resume", "--products",
        "--references", "--after"}
 # 97.5 % of Student's t for 2, 3, ... 10 seeds

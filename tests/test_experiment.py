@@ -202,6 +202,8 @@ def test_all_arms_are_options_of_train_and_no_experiment_needs_a_run_that_anothe
     rate = [make_job(arm, 0, []).facts for arm in ARMS["rate"]]
     horizon = [make_job(arm, 0, []).facts for arm in ARMS["horizon"] if "reverse" not in arm]
     assert all(facts in rate for facts in horizon)
+    gap = [str(make_job(arm, 0, []).facts) for arm in ARMS["gap"]]
+    assert len(set(gap)) == len(gap) == 28              # no context counts twice in a correlation
 
 
 def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, capsys):
