@@ -80,7 +80,7 @@ ARMS = {
     "credit": [
         "critique",
         *(f"critique --loss-on {part}" for part in ("wrong", "others", "correct"))],
-    "long": [f"{cond} --epochs 70 --teacher {teacher} --divergence {kind}"
+    "long": [f"{cond} --epochs 70 --eval-every 20 --teacher {teacher} --divergence {kind}"
              for cond in ("critique", "ref") for teacher in ("base", "ema", "live")
              for kind in ("forward", "reverse")],
     "handoff": [            # beside each alone: as many steps, and as many rollouts
