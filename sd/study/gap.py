@@ -17,9 +17,11 @@ from sd.conditions import completion_hidden, feedback, open_critic
 from sd.config import Config
 from sd.controls import restrict
 from sd.llm.checkpoint import load
+from sd.llm.model import Transformer
 from sd.llm.sampling import uniforms
+from sd.llm.tokenizer import Tokenizer
 from sd.problems import EMBEDDED, Problem
-from sd.rollouts import roll
+from sd.rollouts import Rollout, roll
 from sd.run.figure import Panel, panels
 from sd.task.symbolic import SymbolicCritic
 
@@ -34,37 +36,52 @@ PREDICTORS = {
 }
 
 
-@torch.no_grad()
 def before(config: Config, problems: list[Problem]) -> dict[str, float]:
     """What is known of the context of `config` before training."""
     model, tokenizer = load(EMBEDDED)
+    critic = open_critic(config, model, tokenizer, problems)
     rollouts = sample_rollouts(model, tokenizer, problems, SAMPLES, config, "before, student")
-    limit = model.config.max_position_embeddings - config.max_new_tokens
-    critic, truth = open_critic(config, model, tokenizer, problems), SymbolicCritic()
-    contexts = {"truth": (Config("critique"), truth), "shown": (config, critic)}
+    contexts = {"truth": (Config("critique"), SymbolicCritic()), "shown": (config, critic)}
     rows = analyse_rollouts(model, model, tokenizer, rollouts, contexts, config)
     auroc = found(rows, [-row.advantage("shown") for row in rows])
 
+    limit = model.config.max_position_embeddings - config.max_new_tokens
     feedback(config, rollouts, critic, tokenizer, limit)
     noise = uniforms(len(rollouts), config.max_new_tokens, config.seed, "before, teacher")
-    taught = roll(model, tokenizer, [r.problem for r in rollouts],
-                  [r.teacher_prompt for r in rollouts], 1, config, noise)
+    taught = roll(
+        model, tokenizer,
+        [r.problem for r in rollouts],
+        [r.teacher_prompt for r in rollouts],
+        1, config, noise)
     lead = np.mean([r.reward for r in taught]) - np.mean([r.reward for r in rollouts])
-    total, tokens = np.zeros(2), np.zeros(2)
+    return {
+        "lead": 100 * float(lead),
+        **divergences(model, tokenizer, rollouts, config.temperature),
+        "auroc": auroc["mean"],
+        "low": auroc["low"],
+        "high": auroc["high"],
+    }
+
+
+@torch.no_grad()
+def divergences(model: Transformer, tokenizer: Tokenizer, rollouts: list[Rollout],
+                temperature: float) -> dict[str, float]:
+    """KL(teacher || student) in nats per token, on the correct steps and on the first wrong one."""
+    truth = SymbolicCritic()
+    total = {"correct": 0.0, "wrong": 0.0}
+    tokens = {"correct": 0.0, "wrong": 0.0}
     for rollout in rollouts:
         rollout.critique = truth(rollout)           # whatever the context said
         logprobs = []
         for prompt in (rollout.prompt, rollout.teacher_prompt):
             hidden = completion_hidden(model, [prompt], [rollout.completion])
-            logprobs.append(losses.log_probs(model.lm_head(hidden), config.temperature))
+            logprobs.append(losses.log_probs(model.lm_head(hidden), temperature))       # (T, V)
         divergence = losses.forward_kl(*logprobs).numpy()                               # (T)
-        for i, part in enumerate(("correct", "wrong")):
+        for part in total:
             restrict(rollout, part, tokenizer)
-            total[i] += divergence @ np.array(rollout.weights)
-            tokens[i] += sum(rollout.weights)
-    correct, wrong = (total / tokens).tolist()
-    return {"lead": 100 * float(lead), "correct": correct, "wrong": wrong,
-            "auroc": auroc["mean"], "low": auroc["low"], "high": auroc["high"]}
+            total[part] += float(divergence @ np.array(rollout.weights))
+            tokens[part] += sum(rollout.weights)
+    return {part: total[part] / tokens[part] for part in total}
 
 
 def gain_of(lines: list[dict]) -> float:
