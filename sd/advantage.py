@@ -251,10 +251,12 @@ def figure(summary: dict) -> str:
         for name, numbers in summary.items():
             y += 18
             m = numbers[kind]
+            style = "blue" if m["mean"] > 0 else "orange"
+            low_end, high_end = (x(m["low"]), y - 4), (x(m["high"]), y - 4)
             marks += [
                 text(76, y, name, "end"),
-                bar(x(0), x(m["mean"]), y - 4, "blue" if m["mean"] > 0 else "orange"),
-                interval((x(m["low"]), y - 4), (x(m["high"]), y - 4)),
+                bar(x(0), x(m["mean"]), y - 4, style),
+                interval(low_end, high_end),
                 text(496, y, INTERVAL.format(**m).replace("-", "\u2212"), "end")]
         y += 34
     marks += [
@@ -332,8 +334,10 @@ def main(parser: argparse.ArgumentParser) -> None:
     if not rows:
         raise UserError(f"{about}; try more --samples")
     summary = summarise(rows)
-    student = {"-log p": found(rows, [-row.rollout.logprobs.numpy() for row in rows]),
-               "entropy": found(rows, [np.array(row.entropy) for row in rows])}
+    student = {
+        "-log p": found(rows, [-row.rollout.logprobs.numpy() for row in rows]),
+        "entropy": found(rows, [np.array(row.entropy) for row in rows]),
+    }
     numbers = {"about": about, "contexts": summary, "student": student}
     print(f"{about}\n{table(summary)}\nthe student alone finds it by its "
           + ", by its ".join(f"{name}: {INTERVAL.format(**m)}" for name, m in student.items()))

@@ -160,10 +160,24 @@ def check_url(url: str) -> re.Match:
 # so that one GPU is enough. eval_samples is its Avg@12; micro_batch, sample_batch and recompute are
 # for 24 GB.
 PRESETS = {"paper": dict(
-    temperature=1.1, max_new_tokens=2048, lr=5e-6, batch=32, epochs=7, group=8, lora_rank=64,
-    lora_alpha=128.0, divergence="forward", teacher="base", dtype="bfloat16", eval_every=10,
-    eval_samples=12, critic="self", critic_tokens=8192, micro_batch=2, sample_batch=32,
-    recompute=True)}
+    critic="self",
+    critic_tokens=8192,
+    divergence="forward",
+    teacher="base",
+    group=8,
+    temperature=1.1,
+    max_new_tokens=2048,
+    lr=5e-6,
+    batch=32,
+    epochs=7,
+    lora_rank=64,
+    lora_alpha=128.0,
+    dtype="bfloat16",
+    micro_batch=2,
+    sample_batch=32,
+    recompute=True,
+    eval_every=10,
+    eval_samples=12)}
 
 
 def add_option(parser, f, note: str = "") -> None:

@@ -76,7 +76,8 @@ def reference(problem: Problem, kind: str) -> str:
     if kind == "half":
         pairs = tt.author_order(pairs, rng)
     elif kind != "worded":
-        pairs = rng.choice([pairs[i:] + pairs[:i] for i in range(1, len(pairs))] + [pairs[::-1]])
+        turned = [pairs[i:] + pairs[:i] for i in range(1, len(pairs))]
+        pairs = rng.choice([*turned, pairs[::-1]])
     if kind != "decomposed":
         return tt.reference_text(pairs)
     parts = []

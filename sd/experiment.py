@@ -112,7 +112,11 @@ def summary(arms: dict[str, list[dict]]) -> dict:
 
     Differences are taken seed by seed: between all arms if they are few, else to the first.
     """
-    result = {"seeds": len(next(iter(arms.values()))), "arms": {}, "differences in avg@12": {}}
+    result = {
+        "seeds": len(next(iter(arms.values()))),
+        "arms": {},
+        "differences in avg@12": {},
+    }
     averages = {}
     for name, lines in arms.items():
         numbers = {metric: [line["test"][metric] for line in lines] for metric in METRICS}
@@ -171,7 +175,8 @@ def main(parser: argparse.ArgumentParser) -> None:
         ledger = [] if args.fresh else list(read_rows(LEDGER))
         ledger += read_rows(out / "ledger.jsonl")
         measure(jobs, ledger, out, args.jobs)
-        publish(name, {arm: [job.find(ledger) for job in row] for arm, row in jobs.items()}, out)
+        found = {arm: [job.find(ledger) for job in row] for arm, row in jobs.items()}
+        publish(name, found, out)
 
 
 def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:

@@ -108,6 +108,13 @@ def scores(problems: list[Problem], rows: list[list]) -> Scores:
     k = len(rows) // len(problems)
     answers, rewards, lengths, truncated = zip(*rows)                           # (P * k) each
     rewards = np.reshape(rewards, (-1, k))                                      # (P, k)
-    maj = [majority(answers[i * k:(i + 1) * k], p.answer) for i, p in enumerate(problems)]
-    return Scores(k, rewards.mean(1), np.array(maj), rewards.max(1), float(np.mean(lengths)),
-                  float(np.mean(truncated)))
+    maj = []
+    for i, problem in enumerate(problems):
+        maj.append(majority(answers[i * k:(i + 1) * k], problem.answer))
+    return Scores(
+        samples=k,
+        avg=rewards.mean(1),
+        maj=np.array(maj),
+        passed=rewards.max(1),
+        length=float(np.mean(lengths)),
+        truncated=float(np.mean(truncated)))

@@ -45,11 +45,22 @@ CHAT_SPLITS = {"val": 32, "train": 96, "test": 64}
 CHAT_KINDS = [[None, None, "ref", last] for last in ["critique"] * 3 + ["scribe"]]
 CHAT_STEPS = 60
 CHAT_PRODUCTS = 2
-CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128,
-          "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-          "max_position_embeddings": 512, "tie_word_embeddings": False, "attention_bias": False,
-          "hidden_act": "silu"}
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+}
 
 
 def collate(examples: list) -> tuple[Tensor, Tensor]:

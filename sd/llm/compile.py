@@ -119,7 +119,10 @@ def compiled(token_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def padded(kind, logits, target, ids, temperature, beta):
         m = len(ids)
         extra = max(ROWS, 2 ** (m - 1).bit_length()) - m
-        inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, extra)) for x in (logits, target, ids)]
+        inputs = []
+        for x in (logits, target, ids):
+            others = (0, 0) * (x.dim() - 1)
+            inputs.append(F.pad(x, others + (0, extra)))
         return loss(kind, *inputs, temperature, beta)[:m]
     return padded
 

@@ -133,7 +133,8 @@ def panels(title: str, legend: dict[str, str], rows: list[list[Panel]], width: i
     """
     marks, at = [text(16, 24, title, "bold")], 16
     for name, style in legend.items():
-        marks += [line([(at, 44), (at + 18, 44)], style), text(at + 23, 48, name, style)]
+        marks.append(line([(at, 44), (at + 18, 44)], style))
+        marks.append(text(at + 23, 48, name, style))
         at += 42 + 6 * len(name)
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):

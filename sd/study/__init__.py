@@ -1,1 +1,1 @@
-"""The studies behind RESULTS.md: how their runs are made and kept, what their tables and figures say."""
+"""The studies behind RESULTS.md: how their runs are made and kept, their tables and figures."""

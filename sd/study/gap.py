@@ -86,12 +86,17 @@ def divergences(model: Transformer, tokenizer: Tokenizer, rollouts: list[Rollout
 
 def gain_of(lines: list[dict]) -> float:
     """By how much validation Avg has risen at the end, mean over the runs."""
-    return float(np.mean([line["curve"][-1]["avg"] - line["curve"][0]["avg"] for line in lines]))
+    curves = [line["curve"] for line in lines]
+    return float(np.mean([curve[-1]["avg"] - curve[0]["avg"] for curve in curves]))
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's, of two columns (A); equal values share their mean rank."""
-    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
+    ranks = []
+    for values in (x, y):
+        below = values[:, None] > values                                                # (A, A)
+        level = values[:, None] == values
+        ranks.append(below.sum(1) + level.sum(1) / 2)
     with np.errstate(invalid="ignore"):             # NaN if a column is constant
         return float(np.corrcoef(*ranks)[0, 1])
 
@@ -123,8 +128,10 @@ def figure(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> s
     """Gain against each predictor, a point per context, an SVG."""
     row = []
     for column, (title, low, high, scale, ticks) in PREDICTORS.items():
-        dots = [(COLOURS[name.split()[0]], (max(m[column], low), gain_of(arms[name])))
-                for name, m in known.items()]
+        dots = []
+        for name, m in known.items():
+            at = max(m[column], low)
+            dots.append((COLOURS[name.split()[0]], (at, gain_of(arms[name]))))
         row.append(Panel(title, low, high, ticks, [], dots, scale=scale))
     return panels("Gain in validation Avg@4 after training, a point for each context", COLOURS,
                   [row], 200, 260, lowest=-20)

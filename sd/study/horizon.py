@@ -207,11 +207,13 @@ def long_curves(arms: dict[str, list[dict]]) -> str:
     legend = {}
     drawn = {"critique": [], "ref": []}
     for name, lines in arms.items():
-        cond, teacher, kind = name.split()[0], *name.split()[-3::2]
+        cond, *_, teacher, _, kind = name.split()
         style = TEACHERS[teacher] + (" dashed" if kind == "reverse" else "")
         legend[f"{teacher}, {kind}"] = style
         drawn[cond].append((style, zip(mean(lines, "step"), mean(lines, "avg"))))
     most = round(mean(lines, "step")[-1])
-    row = [Panel("steps", 0, most, (0, most), lines, title=cond) for cond, lines in drawn.items()]
+    row = []
+    for cond, joined in drawn.items():
+        row.append(Panel("steps", 0, most, (0, most), joined, title=cond))
     return panels("Avg@4 on validation problems over ten times as many steps", legend, [row],
                   340, 220)

@@ -116,7 +116,10 @@ def config_of(options: tuple[str, ...]) -> Config:
 
 def run(job: Job, out: Path) -> dict:
     """Trains and measures one arm and seed, unless that is done. Returns the ledger's line."""
-    folder, problems, options, begun = folder_of(job, out), problems_of(job, out), job.options, []
+    folder = folder_of(job, out)
+    problems = problems_of(job, out)
+    options = job.options
+    begun = []
     if job.after:
         first = make_job(f"{job.after} --steps {FIRST}", job.seed, [])
         begun = run(first, out)["curve"]

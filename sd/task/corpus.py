@@ -140,7 +140,7 @@ def example(kind: str | None, products: int, rng: Random,
 
 def shown_reference(pairs: list[tt.Pair], shown: dict,
                     rng: Random) -> tuple[list[tt.Pair], list[tt.Equation], str]:
-    """The order that the trace takes, the step that each of its steps may be worded as, the text."""
+    """The order of the trace, the steps whose wording it may take, and the reference's text."""
     author = tt.author_order(pairs, rng, same=0.25)
     order = author if rng.random() < FOLLOW else pairs
     models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
