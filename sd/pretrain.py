@@ -10,7 +10,7 @@ the loss was 0.88; with AdamW alone it was 1.35.)
 
 A chat model knows how to read and write. What it lacks are the step tags, and wrong beliefs that
 training can mend. The warm-up teaches both with an adapter, which is merged: few examples, in
-words, of two products, half of them without a context; some as a critic, in the scribe's prompt.
+words, of two products, half of them without a context; an eighth as a critic, in its own prompt.
 """
 import math
 import os
@@ -42,8 +42,8 @@ CANDIDATES = 100                                            # problems tried at 
 KINDS = [None] * 36 + ["ref"] * 34 + ["critique"] * 26      # contexts of a step's examples
 AT_ONCE = 24                                                # of them, of similar lengths
 CHAT_SPLITS = {"val": 32, "train": 96, "test": 64}
-CHAT_KINDS = [[None, None, "ref", last] for last in ["critique"] * 3 + ["scribe"]]
-CHAT_STEPS = 60
+CHAT_KINDS = [[None, None, "ref", last] for last in ("critique", "scribe")]
+CHAT_STEPS = 80
 CHAT_PRODUCTS = 2
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

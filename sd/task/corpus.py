@@ -38,7 +38,7 @@ from sd.steps import parse, render, token_span
 from sd.task import times_table as tt
 
 SLIP = {"ref": 0.5, "critique": 0.5, "scribe": 1}       # share of traces with wrong products
-SLIPS = 0.4         # share of the products that are wrong in such a trace
+SLIPS = {"ref": 0.4, "critique": 0.4, "scribe": 0.7}    # share of the wrong products in such a trace
 MISREAD = 0.3       # share of these that misread a factor, so that the value is true of it
 FOLLOW = 0.25       # share of traces under a reference that follow its order
 OPERATORS = {"*": 0.7, " times ": 0.2, " multiplied by ": 0.1}
@@ -115,7 +115,7 @@ def example(kind: str | None, products: int, rng: Random,
         order, models, context = shown_reference(pairs, shown, rng)
     else:
         order, models, context = shown_critique(pairs, shown, rng, words)
-    read, values, masked = slip(order, shown, SLIP[kind], rng)
+    read, values, masked = slip(order, shown, kind, rng)
     equations = []
     for equation, model in zip(derive(read, values.get), models):
         if rng.random() >= LEAN[kind]:
@@ -165,11 +165,11 @@ def shown_value(pair: tt.Pair, rng: Random) -> int:
     return prod(pair)
 
 
-def slip(order: list[tt.Pair], shown: dict, often: float,
+def slip(order: list[tt.Pair], shown: dict, kind: str,
          rng: Random) -> tuple[list[tt.Pair], dict, dict]:
     """What the trace makes of the products shown: the pairs as read, the value of each, and for
     each slip, by its fact, whether its factors and whether its value are no targets."""
-    share = SLIPS if rng.random() < often else 0
+    share = SLIPS[kind] if rng.random() < SLIP[kind] else 0
     read, values, masked = [], dict(shown), {}
     for pair in order:
         if rng.random() < share:
