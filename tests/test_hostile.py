@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("sd/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "socket", "requests", "ctypes", "runpy", "code", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "load_module", "import_module"}
-NETWORK, PROCESSES = {"client.py"}, {"experiment.py"}
+NETWORK, PROCESSES = {"client.py"}, {"ledger.py"}
 
 
 def imported(tree):
