@@ -18,7 +18,8 @@ options, defaults too, and by the solver's weights, so experiments share the run
 common. Every run calls `train.py` and then `eval.py` as a user would, in a folder of OUT/runs; one
 that was killed is resumed. Start one experiment at a time per OUT.
 
-Tables come from the ledger alone: OUT/NAME/table.md is the same to the digit when made again.
+Tables come from the ledger: OUT/NAME/table.md is the same to the digit when made again. `contexts`
+and `gap` also measure each context before training, which takes some 20 seconds each.
 Checkpoints are chosen on validation problems and measured on test problems. Intervals are over
 seeds.
 """
