@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sd import Stopped, UserError, command
+from sd import UserError, command
 from sd.conditions import Teacher, accumulate, feedback, open_critic
 from sd.config import Config, parse_config
 from sd.critic import Critic
@@ -31,7 +31,8 @@ from sd.problems import EMBEDDED, Problem, check_lengths, embedded, read_problem
 from sd.prompts import student_prompt, teacher_prompt
 from sd.rollouts import roll
 from sd.run.ranks import Ranks
-from sd.run.runs import RunFolder, StopRequest
+from sd.run.runs import RunFolder
+from sd.run.stop import Stopped, StopRequest
 
 LOGGED = 4      # rollouts per step that go to rollouts.jsonl
 

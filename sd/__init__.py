@@ -12,13 +12,6 @@ class UserError(Exception):
     """An error that the user can fix, told in one sentence; a command then exits with status 2."""
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, obeyed; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch raises a type of its own only on CUDA, and not always: else the message is all."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not create a memory",

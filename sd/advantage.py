@@ -44,14 +44,12 @@ from sd.problems import EMBEDDED, Problem, read_problems
 from sd.prompts import student_prompt
 from sd.report import script_json
 from sd.rollouts import Critique, Rollout, roll
-from sd.run.figure import axis, bar, document, interval, symlog, text, ticks
+from sd.run.figure import bars
 from sd.steps import TAGS, Step, Trace, parse, token_span
 
 KINDS = ("correct steps before", "wrong step up to error", "first wrong token", "after it")
 FOUND = "finds the wrong token"
 SHOWN = 12              # rollouts on the page
-ABOVE = (0.3, 1, 3, 10, 30, 100, 1000, 1e4, 1e5)
-TICKS = (*(-tick for tick in reversed(ABOVE)), 0, *ABOVE)
 INTERVAL = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]"      # z: no -0.00
 COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}")
 COLUMNS[FOUND] = INTERVAL
@@ -237,34 +235,12 @@ def table(summary: dict) -> str:
 
 def figure(summary: dict) -> str:
     """The means as bars with intervals, an SVG."""
-    cells = [numbers[kind] for numbers in summary.values() for kind in KINDS if kind in numbers]
-    low = min(-10, *(cell["low"] for cell in cells))
-    high = max(1, *(cell["high"] for cell in cells))
-    low = max(tick for tick in TICKS if tick <= low)    # mostly the same, so that figures compare
-    high = min(tick for tick in TICKS if tick >= high)
-    x = axis(low, high, 84, 350, symlog)
-    marks, y = [], 30
+    groups = {}
     for kind in KINDS:
-        if kind not in summary["grpo"]:
-            continue
-        marks.append(text(16, y, kind, "bold"))
-        for name, numbers in summary.items():
-            y += 18
-            m = numbers[kind]
-            style = "blue" if m["mean"] > 0 else "orange"
-            low_end, high_end = (x(m["low"]), y - 4), (x(m["high"]), y - 4)
-            marks += [
-                text(76, y, name, "end"),
-                bar(x(0), x(m["mean"]), y - 4, style),
-                interval(low_end, high_end),
-                text(496, y, INTERVAL.format(**m).replace("-", "\u2212"), "end")]
-        y += 34
-    marks += [
-        text(16, y + 12, "mean A\u209c in nats, 95 % interval over problems;", "grey"),
-        text(16, y + 27, "logarithmic scale, linear about 0", "grey")]
-    shown = [tick for tick in TICKS if low <= tick <= high]
-    marks = ticks(x, shown, 34, y - 26, vertical=True) + marks
-    return document("Mean advantage by kind of token, for each context", 512, y + 40, marks)
+        if kind in summary["grpo"]:
+            groups[kind] = {name: numbers[kind] for name, numbers in summary.items()}
+    return bars("Mean advantage by kind of token, for each context", groups, INTERVAL,
+                "mean A\u209c in nats, 95 % interval over problems;")
 
 
 def page(rows: list[Row], summary: dict, about: str) -> str:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
-from sd import Stopped, UserError
+from sd import UserError
 from sd.conditions import Teacher
 from sd.config import Config, read_run_config
 from sd.llm import checkpoint
@@ -29,7 +29,8 @@ from sd.metrics import Scores
 from sd.problems import EMBEDDED, read_problems
 from sd.run import runs
 from sd.run.ranks import Ranks
-from sd.run.runs import RunFolder, StopRequest
+from sd.run.runs import RunFolder
+from sd.run.stop import Stopped, StopRequest
 
 STEPS = 6
 TINY = ["--batch", 4, "--eval-samples", 1, "--steps", STEPS, "--eval-every", 2, "--lr", 1e-3]

@@ -16,6 +16,8 @@ from math import copysign, log1p
 from typing import NamedTuple
 
 LINEAR = 0.1        # `symlog` is close to linear below, and to logarithmic above
+ABOVE = (0.3, 1, 3, 10, 30, 100, 1000, 1e4, 1e5)
+TICKS = (*(-tick for tick in reversed(ABOVE)), 0, *ABOVE)       # of a symlog axis
 Axis = Callable[[float], float]
 Point = tuple[float, float]
 STYLE = """
@@ -80,11 +82,10 @@ def bar(start: float, end: float, y: float, style: str) -> str:
             f'width="{abs(end - start):.1f}" height="13"/>')
 
 
-def interval(start: Point, end: Point, style: str = "") -> str:
-    """An error bar, horizontal or vertical: a line with a cap across each end."""
-    (x0, y0), (x1, y1) = start, end
-    cap = "v3.5v-7v3.5" if y0 == y1 else "h3.5h-7h3.5"
-    return f'<path class="{style}" d="M{x0:.1f} {y0:.1f}{cap}L{x1:.1f} {y1:.1f}{cap}"/>'
+def interval(start: float, end: float, y: float) -> str:
+    """A horizontal error bar: a line with a cap across each end."""
+    cap = "v3.5v-7v3.5"
+    return f'<path class="" d="M{start:.1f} {y:.1f}{cap}L{end:.1f} {y:.1f}{cap}"/>'
 
 
 def ticks(axis: Axis, values: Iterable[float], start: float, end: float,
@@ -151,3 +152,34 @@ def panels(title: str, legend: dict[str, str], rows: list[list[Panel]], width: i
             for style, (a, b) in panel.dots:
                 marks.append(point(x(a), y(b), style))
     return document(title, right + 24, bottom + 48, marks)
+
+
+def bars(title: str, groups: dict[str, dict[str, dict[str, float]]], form: str, note: str) -> str:
+    """A figure of bars on a symlog axis: group -> name -> its "mean", "low" and "high".
+
+    `form` is how their numbers are written beside them.
+    """
+    numbers = [m for group in groups.values() for m in group.values()]
+    low = min(-10, *(m["low"] for m in numbers))
+    high = max(1, *(m["high"] for m in numbers))
+    low = max(tick for tick in TICKS if tick <= low)    # mostly the same, so that figures compare
+    high = min(tick for tick in TICKS if tick >= high)
+    x = axis(low, high, 84, 350, symlog)
+    marks, y = [], 30
+    for group, members in groups.items():
+        marks.append(text(16, y, group, "bold"))
+        for name, m in members.items():
+            y += 18
+            style = "blue" if m["mean"] > 0 else "orange"
+            marks += [
+                text(76, y, name, "end"),
+                bar(x(0), x(m["mean"]), y - 4, style),
+                interval(x(m["low"]), x(m["high"]), y - 4),
+                text(496, y, form.format(**m).replace("-", "\u2212"), "end")]
+        y += 34
+    marks += [
+        text(16, y + 12, note, "grey"),
+        text(16, y + 27, "logarithmic scale, linear about 0", "grey")]
+    shown = [tick for tick in TICKS if low <= tick <= high]
+    marks = ticks(x, shown, 34, y - 26, vertical=True) + marks
+    return document(title, 512, y + 40, marks)

@@ -14,12 +14,10 @@ import hashlib
 import json
 import os
 import shlex
-import signal
 import sqlite3
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sd import Stopped, UserError
+from sd import UserError
 from sd.config import MACHINE, Config
 from sd.llm.checkpoint import append_rows, reading, save_model, save_tensors, write_json, writing
 from sd.llm.lora import plain_weights, save_adapter
@@ -40,29 +38,6 @@ from sd.run.ranks import Ranks
 SAVE_EVERY = 60.0       # seconds between states, besides those saved at evaluations
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 FACTS = ("done", "seconds", "evaluated_at", "useless_steps", "origin", "logs")      # of a state
-
-
-class StopRequest:
-    """While it is open, Ctrl-C or SIGTERM sets `number`; a second one raises Stopped at once."""
-
-    def __enter__(self) -> "StopRequest":
-        self.number = 0
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored: in a script's background job
-                self.before[number] = signal.signal(number, self._caught)
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _caught(self, number: int, frame) -> None:
-        if self.number:
-            raise Stopped(number)
-        self.number = number
-        with suppress(OSError):         # not print: the signal may have come within a print
-            os.write(2, b"\nthe run stops after this step; a second signal ends it at once\n")
 
 
 class RunFolder:
