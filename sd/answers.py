@@ -250,8 +250,15 @@ def binomial(n: Value, k: Value) -> Value:
     return math.prod((n - i) / Fraction(i + 1) for i in range(k))
 
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-             "·": operator.mul, "^": power, "!": lambda n, _: complex(math.gamma(n + 1))}
+OPERATORS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "·": operator.mul,
+    "/": operator.truediv,
+    "^": power,
+    "!": lambda n, _: complex(math.gamma(n + 1)),
+}
 PREFIXES = {"frac": lambda a, b: calculate(a, "/", b), "binom": binomial,
             "root": lambda n, x: calculate(x, "^", 1 / n)}
 

@@ -36,7 +36,7 @@ from sd.llm.checkpoint import write_atomic
 from sd.problems import read_problems
 from sd.report import read_rows
 from sd.study import gap, horizon
-from sd.study.ledger import LEDGER, METRICS, make_job, measure, problems_of
+from sd.study.ledger import LEDGER, METRICS, Arms, make_job, measure, problems_of
 
 # An experiment's arms: a condition, then the options that set it apart. All are train.py's but
 # three: --products takes problems of another length, --references writes reference solutions of one
@@ -108,7 +108,7 @@ def confidence(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def summary(arms: dict[str, list[dict]]) -> dict:
+def summary(arms: Arms) -> dict:
     """The numbers of all arms, from their lines in the ledger, one per seed.
 
     Differences are taken seed by seed: between all arms if they are few, else to the first.
@@ -180,7 +180,7 @@ def main(parser: argparse.ArgumentParser) -> None:
         publish(name, found, out)
 
 
-def publish(name: str, arms: dict[str, list[dict]], out: Path) -> None:
+def publish(name: str, arms: Arms, out: Path) -> None:
     """Writes and prints an experiment's table, and its figures."""
     if name == "rate":
         content = horizon.rate_table(arms)

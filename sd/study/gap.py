@@ -23,10 +23,12 @@ from sd.llm.tokenizer import Tokenizer
 from sd.problems import EMBEDDED, Problem
 from sd.rollouts import Rollout, roll
 from sd.run.figure import Panel, panels
+from sd.study.ledger import Arms, Lines
 from sd.task.symbolic import SymbolicCritic
 
 SAMPLES = 4         # rollouts per problem
 DRAWS = 10_000      # of the bootstrap over contexts
+Known = dict[str, dict[str, float]]     # an arm's name -> what is known of its context
 COLOURS = {"critique": "orange", "ref": "blue"}
 # A predictor -> its title, and the axis of the figure: from, to, scale, ticks.
 PREDICTORS = {
@@ -53,9 +55,10 @@ def before(config: Config, problems: list[Problem]) -> dict[str, float]:
         [r.problem for r in rollouts],
         [r.teacher_prompt for r in rollouts],
         1, config, noise)
-    lead = np.mean([r.reward for r in taught]) - np.mean([r.reward for r in rollouts])
+    alone = np.mean([r.reward for r in rollouts])
+    shown = np.mean([r.reward for r in taught])
     return {
-        "lead": 100 * float(lead),
+        "lead": 100 * float(shown - alone),
         **divergences(model, tokenizer, rollouts, config.temperature),
         "auroc": auroc["mean"],
         "low": auroc["low"],
@@ -84,10 +87,20 @@ def divergences(model: Transformer, tokenizer: Tokenizer, rollouts: list[Rollout
     return {part: total[part] / tokens[part] for part in total}
 
 
-def gain_of(lines: list[dict]) -> float:
+def gain_of(lines: Lines) -> float:
     """By how much validation Avg has risen at the end, mean over the runs."""
-    curves = [line["curve"] for line in lines]
-    return float(np.mean([curve[-1]["avg"] - curve[0]["avg"] for curve in curves]))
+    ends = [(line["curve"][0]["avg"], line["curve"][-1]["avg"]) for line in lines]
+    return float(np.diff(ends).mean())
+
+
+def length_of(lines: Lines) -> float:
+    """Mean length in tokens of the rollouts since the last evaluation but one."""
+    lengths = []
+    for line in lines:
+        earlier, last = line["curve"][-2:]
+        sampled = last["rollouts"] - earlier["rollouts"]
+        lengths.append((last["tokens"] - earlier["tokens"]) / sampled)
+    return float(np.mean(lengths))
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -101,18 +114,15 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
         return float(np.corrcoef(*ranks)[0, 1])
 
 
-def gap_table(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> str:
+def gap_table(known: Known, arms: Arms) -> str:
     """Each context's predictors and gain, in Markdown; then how well they go together."""
     out = ["| context | lead, % | KL on correct steps | on the wrong step | AUROC | gain in Avg@4 "
            "| length at the end |", "|---|---|---|---|---|---|---|"]
     gain = np.array([gain_of(arms[name]) for name in known])                            # (A)
     for (name, m), gained in zip(known.items(), gain):
-        ends = [line["curve"][-2:] for line in arms[name]]
-        length = np.mean([(b["tokens"] - a["tokens"]) / (b["rollouts"] - a["rollouts"])
-                          for a, b in ends])
         out.append(f"| {name} | {m['lead']:+.1f} | {m['correct']:.4f} | {m['wrong']:.3f} | "
                    f"{m['auroc']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | {gained:+.1f} | "
-                   f"{length:.0f} |")
+                   f"{length_of(arms[name]):.0f} |")
     drawn = np.random.default_rng(0).integers(0, len(gain), (DRAWS, len(gain)))
     out.append(f"\nSpearman's rank correlation with the gain, over {len(gain)} contexts:\n")
     for column, (title, *_) in PREDICTORS.items():
@@ -124,7 +134,7 @@ def gap_table(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -
     return "\n".join(out) + "\n"
 
 
-def figure(known: dict[str, dict[str, float]], arms: dict[str, list[dict]]) -> str:
+def figure(known: Known, arms: Arms) -> str:
     """Gain against each predictor, a point per context, an SVG."""
     row = []
     for column, (title, low, high, scale, ticks) in PREDICTORS.items():

@@ -12,6 +12,7 @@ A rate at which grpo collapses is out, so the others are not measured there.
 import numpy as np
 
 from sd.run.figure import Panel, panels
+from sd.study.ledger import Arms, Lines
 
 LENGTHS = range(2, 7)
 RATES = ("2e-4", "4e-4", "8e-4")
@@ -23,17 +24,17 @@ TEACHERS = {"base": "blue", "ema": "orange", "live": "green"}
 PASSED = (20, 50)       # percent on validation problems
 
 
-def ends(lines: list[dict]) -> np.ndarray:
+def ends(lines: Lines) -> np.ndarray:
     """Validation Avg at the end of each run (S)."""
     return np.array([line["curve"][-1]["avg"] for line in lines])
 
 
-def mean(lines: list[dict], name: str) -> np.ndarray:
+def mean(lines: Lines, name: str) -> np.ndarray:
     """The mean over seeds of a column of the curves (E)."""
     return np.mean([[row[name] for row in line["curve"]] for line in lines], 0)
 
 
-def rate_table(arms: dict[str, list[dict]]) -> str:
+def rate_table(arms: Arms) -> str:
     """Final validation Avg at each rate, collapses marked; then what the rules choose."""
     out = ["| products | rate | " + " | ".join(CONDS) + " |", "|---|---|---|---|---|"]
     stable = list(RATES)
@@ -67,7 +68,7 @@ def rate_table(arms: dict[str, list[dict]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def variants(arms: dict[str, list[dict]]) -> dict[str, dict[int, list[dict]]]:
+def variants(arms: Arms) -> dict[str, dict[int, Lines]]:
     """An arm's name without its length -> length -> lines; grpo's own rate is one variant."""
     found = {}
     for arm, lines in arms.items():
@@ -79,7 +80,7 @@ def variants(arms: dict[str, list[dict]]) -> dict[str, dict[int, list[dict]]]:
     return found
 
 
-def horizon_table(arms: dict[str, list[dict]]) -> str:
+def horizon_table(arms: Arms) -> str:
     """Test Avg at each length; what it took to pass PASSED; why grpo's signal fades."""
     found = variants(arms)
     out = ["| products | untrained | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
@@ -113,21 +114,23 @@ def horizon_table(arms: dict[str, list[dict]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def trained(lines: list[dict]) -> list[dict]:
+def trained(lines: Lines) -> Lines:
     """The runs without their first evaluation, before which nothing was sampled."""
     return [{"curve": line["curve"][1:]} for line in lines]
 
 
-def passing(lines: list[dict], level: float) -> str:
+def passing(lines: Lines, level: float) -> str:
     """When the mean curve first passes `level`: step / rollouts / tokens."""
     high = np.flatnonzero(mean(lines, "avg") >= level)
     if len(high) == 0:
         return "–"
-    step, rollouts, tokens = (mean(lines, name)[high[0]] for name in ("step", "rollouts", "tokens"))
+    step = mean(lines, "step")[high[0]]
+    rollouts = mean(lines, "rollouts")[high[0]]
+    tokens = mean(lines, "tokens")[high[0]]
     return f"{step:.0f} / {rollouts:,.0f} / {tokens / 1000:,.0f}k"
 
 
-def crossing(found: dict[str, dict[int, list[dict]]]) -> str:
+def crossing(found: dict[str, dict[int, Lines]]) -> str:
     """For each seed, the length from which on grpo ends below the others on test problems."""
     out = []
     for other in ("ref", "critique"):
@@ -146,7 +149,7 @@ def crossing(found: dict[str, dict[int, list[dict]]]) -> str:
     return "\n".join(out)
 
 
-def figure(arms: dict[str, list[dict]]) -> str:
+def figure(arms: Arms) -> str:
     """Test Avg@12 against the number of products, an SVG."""
     legend, means, dots = {}, [], []
     for name, lines in variants(arms).items():
@@ -163,7 +166,7 @@ def figure(arms: dict[str, list[dict]]) -> str:
                   560, 260)
 
 
-def curves(arms: dict[str, list[dict]]) -> str:
+def curves(arms: Arms) -> str:
     """Validation Avg against steps, rollouts and sampled tokens, a column per length, an SVG."""
     found = variants(arms)
     rows = []
@@ -182,7 +185,7 @@ def curves(arms: dict[str, list[dict]]) -> str:
     return panels("Avg@4 on validation problems during training", COLOURS, rows, 126, 100)
 
 
-def decline(arms: dict[str, list[dict]]) -> str:
+def decline(arms: Arms) -> str:
     """When each long run was best, when it had lost a tenth of that, and what changed; by seed."""
     out = ["| | best Avg@4, at step | a tenth lower from step | at the end | length, best and end "
            "| entropy, best and end |", "|---|---|---|---|---|---|"]
@@ -202,7 +205,7 @@ def decline(arms: dict[str, list[dict]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def long_curves(arms: dict[str, list[dict]]) -> str:
+def long_curves(arms: Arms) -> str:
     """Validation Avg over a long run, a panel per condition, an SVG."""
     legend = {}
     drawn = {"critique": [], "ref": []}

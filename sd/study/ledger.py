@@ -30,6 +30,8 @@ FIRST = 30          # steps of the run that one with --after goes on from
 METRICS = ("avg@12", "maj@12", "pass@12")
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEDGER = ROOT / "sd/ledger.jsonl"
+Lines = list[dict]              # of the ledger
+Arms = dict[str, Lines]         # an arm's name -> its runs, one per seed
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Job:
                 "references": self.references, "after": self.after,
                 "options": options_of(self.config)}
 
-    def find(self, ledger: list[dict]) -> dict | None:
+    def find(self, ledger: Lines) -> dict | None:
         """The ledger's line of this run. An option that is newer than a line had its default."""
         wanted, defaults = self.facts, options_of(Config())
         for row in ledger:
@@ -168,12 +170,13 @@ def read_curve(path: Path, begun: list[dict]) -> list[dict]:
                       "rollouts": start["rollouts"] + rollouts, "tokens": round(tokens)})
         if since:
             for name in ("entropy", "signal", "length"):
-                curve[-1][name] = round(float(np.mean([step[name] for step in since])), 4)
+                average = np.mean([step[name] for step in since])
+                curve[-1][name] = round(float(average), 4)
         since = []
     return begun[:-1] + curve
 
 
-def measure(jobs: dict[str, list[Job]], ledger: list[dict], out: Path, at_once: int) -> None:
+def measure(jobs: dict[str, list[Job]], ledger: Lines, out: Path, at_once: int) -> None:
     """Runs what the ledger lacks, all arms of a seed before the next seed, and adds it."""
     missing = []
     for row in zip(*jobs.values()):
