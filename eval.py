@@ -17,7 +17,7 @@ from sd import UserError, command
 from sd.config import open_solver, read_run_config, sampling_options
 from sd.llm.checkpoint import read_config, write_json
 from sd.metrics import evaluate
-from sd.problems import EMBEDDED, read_problems
+from sd.problems import EMBEDDED, check_solutions, read_problems
 
 METRICS = ("avg", "maj", "pass")
 
@@ -27,10 +27,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     start = time.monotonic()
     model, tokenizer, config = open_solver(folder, args)
     problems = read_problems(args.test)
-    without = sum(not p.solution for p in problems)
-    if args.context == "ref" and without:
-        raise UserError(f"--context ref: {without} of {len(problems)} problems have no solution "
-                        "to show")
+    if args.context == "ref":
+        check_solutions(problems, "--context ref")
     scores = evaluate(model, tokenizer, problems, args.samples, config, context=args.context)
     result = {"folder": str(folder), "test": str(args.test), "context": args.context,
               "seed": config.seed, "temperature": config.temperature, **scores.summary(),

@@ -27,7 +27,7 @@ from sd.llm.model import Transformer
 from sd.llm.sampling import uniforms
 from sd.llm.tokenizer import Tokenizer
 from sd.metrics import evaluate
-from sd.problems import EMBEDDED, Problem, check_lengths, embedded, read_problems
+from sd.problems import EMBEDDED, Problem, check_lengths, check_solutions, embedded, read_problems
 from sd.prompts import student_prompt, teacher_prompt
 from sd.rollouts import roll
 from sd.run.ranks import Ranks
@@ -143,10 +143,8 @@ def read_data(config: Config, tokenizer: Tokenizer,
     if config.cond != "grpo":
         bare = [teacher_prompt(tokenizer, p.problem, config.cond, "") for p in problems]
         check_lengths(problems, bare, limit)
-    without = sum(not p.solution for p in problems)
-    if config.cond == "ref" and without:
-        raise UserError(f"--cond ref: {without} of {len(problems)} problems in --data have "
-                        "no solution to show")
+    if config.cond == "ref":
+        check_solutions(problems, "--cond ref")
     return problems, validation
 
 

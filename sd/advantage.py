@@ -5,13 +5,13 @@ r"""Where the feedback falls: the per-token advantage of each context on a solve
     python -m sd.advantage Qwen3-1.7B --data hard.jsonl --critic self --problems 20 --samples 4 \
                            --sample-batch 32 --dtype bfloat16
 
-A rollout y of problem x is read again under context c. Self-distillation is a policy gradient with
+A rollout y of problem x is read again under context c. At the rollout temperature, in float32,
 
     A_t = log teacher(y_t | x, c, y_<t) - log student(y_t | x, y_<t)
 
-at the rollout temperature, in float32. Strictly, this holds for the reverse KL's gradient, which
-`sampled` estimates. The forward KL's gradient with respect to the logits is softmax(student) -
-softmax(teacher): there A_t shows where the two disagree, and in which direction.
+Under the reverse KL, self-distillation is a policy gradient with this advantage (`sampled`
+estimates it). Under the forward KL, the default, the gradient with respect to the logits is
+softmax(student) - softmax(teacher), and A_t only shows where the two disagree, and how.
 
 c is the critique as partial copy, full quote or omission, or the reference solution. Beside them
 stands grpo's constant A_i = (r_i - mean(r)) / std(r). A rollout counts as wrong if its answer is

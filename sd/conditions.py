@@ -57,15 +57,11 @@ def feedback(config: Config, rollouts: list[Rollout], critic: Critic | None, tok
             rollout.critique = critique
             # what is malformed must never become a training signal
             contexts.append(None if critique.malformed else critique.text)
-    if config.control != "off":
-        contexts = controls.replaced(config.control, contexts, rollouts)
+    contexts = controls.replaced(config.control, contexts, rollouts)        # for sd.experiment
     for rollout, context in zip(rollouts, contexts):
-        if config.control == "none":
-            rollout.teacher_prompt = rollout.prompt
-        elif context is not None:
+        if context is not None:
             set_teacher_prompt(rollout, config.cond, context, tokenizer, limit)
-        if config.loss_on != "all":
-            controls.restrict(rollout, config.loss_on, tokenizer)
+    controls.finish(config, rollouts, tokenizer)                            # for sd.experiment
 
 
 def set_teacher_prompt(rollout: Rollout, kind: str, context: str, tokenizer: Tokenizer,

@@ -92,8 +92,9 @@ class Config:
         ("off", "none", "empty", "answer", "other", "echo", "needless", "plan"),
         group="for sd.experiment alone")
     loss_on: str = option(
-        "all", "with a critique, take the loss on the first wrong step, on the others or on the "
-        "correct ones before it", ("all", "wrong", "others", "correct"))
+        "all", "with a critique, take the loss on a part of the tokens: the first wrong step, all "
+        "others, what precedes it and right rollouts (correct), or only one of these two",
+        ("all", "wrong", "others", "correct", "before", "right"))
 
     @property
     def rollouts_per_problem(self) -> int:

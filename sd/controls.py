@@ -13,6 +13,7 @@ If it teaches as much as the condition's own context, the gain was not the feedb
 """
 import random
 
+from sd.config import Config
 from sd.llm.tokenizer import Tokenizer
 from sd.problems import Problem
 from sd.rollouts import Rollout
@@ -20,8 +21,22 @@ from sd.steps import render, token_span
 from sd.task import times_table as tt
 
 
-def replaced(control: str, contexts: list[str | None], rollouts: list[Rollout]) -> list[str | None]:
+Contexts = list[str | None]     # of each rollout; None if it got no usable one
+# --loss-on: the weights of the tokens before the first wrong step or answer, in it, and after it;
+# and of those of a rollout in which nothing is wrong.
+PARTS = {
+    "wrong": (0.0, 1.0, 0.0, 0.0),
+    "others": (1.0, 0.0, 1.0, 1.0),
+    "correct": (1.0, 0.0, 0.0, 1.0),
+    "before": (1.0, 0.0, 0.0, 0.0),
+    "right": (0.0, 0.0, 0.0, 1.0),
+}
+
+
+def replaced(control: str, contexts: Contexts, rollouts: list[Rollout]) -> Contexts:
     """The contexts that `control` puts in the place of `contexts`."""
+    if control == "off":
+        return contexts
     if control != "other":
         return [control_text(control, rollout) for rollout in rollouts]
     result = []
@@ -51,20 +66,32 @@ def control_text(control: str, rollout: Rollout) -> str:
     return ""                                       # none, empty
 
 
-def restrict(rollout: Rollout, part: str, tokenizer: Tokenizer) -> None:
-    """Sets the rollout's weights (T): 1 on a part of its tokens, 0 elsewhere; for `critique`.
+def finish(config: Config, rollouts: list[Rollout], tokenizer: Tokenizer) -> None:
+    """What is left to change once the rollouts have their teacher's prompts."""
+    for rollout in rollouts:
+        if config.control == "none":
+            rollout.teacher_prompt = rollout.prompt
+        if config.loss_on != "all":
+            restrict(rollout, config.loss_on, tokenizer)
 
-    The part is `correct`, all before the first wrong step or answer; `wrong`, that step; or
-    `others`, all but it. If nothing is wrong, all tokens are `correct`.
+
+def restrict(rollout: Rollout, part: str, tokenizer: Tokenizer) -> None:
+    """Sets the weights (T) of a rollout's tokens to those of one of PARTS; for `critique`.
+
+    They are 0 if the wrong answer has no tags, since then nobody knows where it stands.
     """
+    before, inside, after, right = PARTS[part]
     trace, wrong = rollout.trace, rollout.critique.wrong
-    start = end = T = len(rollout.completion)
-    step = None if wrong is None else [*trace.steps, trace.answer][wrong]
-    if step:
-        start, end = token_span(tokenizer.pieces(rollout.completion), step.start, step.end)
-    parts = {"correct": range(start), "wrong": range(start, end),
-             "others": [*range(start), *range(end, T)]}
-    rollout.weights = [float(t in parts[part]) for t in range(T)]
+    T = len(rollout.completion)
+    if wrong is None:
+        rollout.weights = [right] * T
+        return
+    step = [*trace.steps, trace.answer][wrong]
+    if step is None:
+        rollout.weights = [0.0] * T
+        return
+    start, end = token_span(tokenizer.pieces(rollout.completion), step.start, step.end)
+    rollout.weights = [before] * start + [inside] * (end - start) + [after] * (T - end)
 
 
 def reference(problem: Problem, kind: str) -> str:

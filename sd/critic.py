@@ -23,7 +23,7 @@ from sd.answers import equal
 from sd.rollouts import Critique, Rollout
 from sd.steps import Step, parse, render
 
-CONTROL = re.compile(r"<(?=/?think>|\|\w+\|>)")     # </think>, <|im_end|>: to a server, tokens
+SPELLED = re.compile(r"<(?=/?think>|\|\w+\|>)")     # </think>, <|im_end|>: to a server, tokens
 
 
 class Critic(Protocol):
@@ -34,7 +34,7 @@ class Critic(Protocol):
 
 def words(text: str) -> str:
     """What must match for a step to count as copied; white space and control tokens need not."""
-    return " ".join(CONTROL.sub("< ", text).split())
+    return " ".join(SPELLED.sub("< ", text).split())
 
 
 def malformed(output: str, reason: str) -> Critique:

@@ -4,8 +4,8 @@
     python -m sd.experiment horizon         the same for problems of 2 to 6 products
     python -m sd.experiment rate            how the learning rate and the default length were chosen
     python -m sd.experiment quoting         critiques that quote partially, fully, not at all
-    python -m sd.experiment contexts        contexts that tell less than they seem to
-    python -m sd.experiment credit          the loss on the wrong step alone, or on the others
+    python -m sd.experiment contexts        control contexts, which should teach nothing
+    python -m sd.experiment credit          the loss on the wrong step alone, or on other parts
     python -m sd.experiment long --seeds 2  ten times as many steps
     python -m sd.experiment handoff         half of the steps with a context, then grpo
     python -m sd.experiment gap             does what is known before training predict the gain?
@@ -31,12 +31,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sd import command
+from sd import command, controls
 from sd.llm.checkpoint import write_atomic
 from sd.problems import read_problems
 from sd.report import read_rows
 from sd.study import gap, horizon
-from sd.study.ledger import LEDGER, METRICS, Arms, make_job, measure, problems_of
+from sd.study.horizon import mean_and_spread
+from sd.study.ledger import LEDGER, METRICS, Arms, Job, make_job, measure, problems_of
 
 # An experiment's arms: a condition, then the options that set it apart. All are train.py's but
 # three: --products takes problems of another length, --references writes reference solutions of one
@@ -80,7 +81,7 @@ ARMS = {
         *(f"ref --control {kind}" for kind in ("other", "answer", "empty", "none"))],
     "credit": [
         "critique",
-        *(f"critique --loss-on {part}" for part in ("wrong", "others", "correct"))],
+        *(f"critique --loss-on {part}" for part in controls.PARTS)],
     "long": [f"{cond} --epochs 70 --eval-every 20 --teacher {teacher} --divergence {kind}"
              for cond in ("critique", "ref") for teacher in ("base", "ema", "live")
              for kind in ("forward", "reverse")],
@@ -131,16 +132,11 @@ def summary(arms: Arms) -> dict:
     return result
 
 
-def spread(values: list[float]) -> float:
-    """Standard deviation over seeds; 0 for one seed."""
-    return np.std(values, ddof=len(values) > 1)
-
-
 def table(result: dict) -> str:
     """The summary in Markdown."""
     lines = ["| | Avg@12 | Maj@12 | Pass@12 | rollouts |", "|---|---|---|---|---|"]
     for name, arm in result["arms"].items():
-        cells = [f"{np.mean(arm[metric]):.1f} ± {spread(arm[metric]):.1f}" for metric in METRICS]
+        cells = [f"{mean_and_spread(arm[metric])}" for metric in METRICS]
         lines.append(f"| {name} | {' | '.join(cells)} | {arm['rollouts']:,} |")
     lines += [
         f"\n{result['seeds']} seeds, mean ± standard deviation; checkpoint chosen on validation",
@@ -177,10 +173,10 @@ def main(parser: argparse.ArgumentParser) -> None:
         ledger += read_rows(out / "ledger.jsonl")
         measure(jobs, ledger, out, args.jobs)
         found = {arm: [job.find(ledger) for job in row] for arm, row in jobs.items()}
-        publish(name, found, out)
+        publish(name, jobs, found, out)
 
 
-def publish(name: str, arms: Arms, out: Path) -> None:
+def publish(name: str, jobs: dict[str, list[Job]], arms: Arms, out: Path) -> None:
     """Writes and prints an experiment's table, and its figures."""
     if name == "rate":
         content = horizon.rate_table(arms)
@@ -190,8 +186,8 @@ def publish(name: str, arms: Arms, out: Path) -> None:
         write_atomic(out / name / "curves.svg", horizon.curves(arms))
     elif name in ("contexts", "gap"):
         known = {}
-        for arm in arms:
-            job = make_job(arm, 0, [])
+        print(f"{name}: measures {len(jobs)} contexts first", flush=True)
+        for arm, (job, *_) in jobs.items():
             known[arm] = gap.before(job.config, read_problems(problems_of(job, out) / "val.jsonl"))
         content = gap.gap_table(known, arms)
         if name == "contexts":

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Muon
 
-from sd import command
+from sd import UserError, command
 from sd.config import Config
 from sd.llm.checkpoint import load, read_config, save_model, write_json
 from sd.llm.lora import add_lora, plain_weights
@@ -161,6 +161,9 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, produc
             answer = str(sum(map(math.prod, pairs)))
             problem = tt.write_problem(pairs, tokenizer.chat_model)
             candidates.append(Problem("", problem, answer, solution))
+        if not candidates:
+            raise UserError(f"only {len(found)} of all {len(seen)} problems of {products} products "
+                            f"are hard for this model, {wanted} are wanted; give fewer --steps")
         scores = evaluate(model, tokenizer, candidates, samples, Config(seed=len(seen)))
         found += [problem for problem, avg in zip(candidates, scores.avg) if 16 * avg < 5]
     print(f"{products} products: {len(found)} of {len(seen)} problems are hard", flush=True)

@@ -101,6 +101,13 @@ def check_lengths(problems: list[Problem], prompts: list[list[int]], room: int) 
                             "remove it or lower that option")
 
 
+def check_solutions(problems: list[Problem], flag: str) -> None:
+    """Raises UserError if a problem has no reference solution, which `flag` would show."""
+    without = sum(not p.solution for p in problems)
+    if without:
+        raise UserError(f"{flag}: {without} of {len(problems)} problems have no solution to show")
+
+
 def write_problems(path: Path, problems: list[Problem]) -> None:
     """Writes what `read_problems` reads. Raises UserError if it cannot be written."""
     write_atomic(path, "".join(json.dumps(asdict(p)) + "\n" for p in problems))

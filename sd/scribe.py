@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 from sd import UserError
-from sd.critic import CONTROL, align, malformed, words
+from sd.critic import SPELLED, align, malformed, words
 from sd.llm.model import Transformer
 from sd.llm.sampling import sample
 from sd.llm.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def prompt(rollout: Rollout) -> str:
     if problem.solution:
         truth += f"\nA solution, worded independently:\n{problem.solution}"
     texts = (problem.problem, rollout.trace.text, truth)
-    question, trace, truth = [CONTROL.sub("< ", text).strip() for text in texts]
+    question, trace, truth = [SPELLED.sub("< ", text).strip() for text in texts]
     tildes = re.findall("~+", f"{question} {trace} {truth}") + ["~~"]
     line = max(tildes, key=len) + "~"
     ran_out = ", who ran out of tokens" if rollout.truncated else ""

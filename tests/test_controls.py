@@ -12,13 +12,13 @@ from sd.study import gap
 from sd.advantage import auroc
 from sd.conditions import Teacher, accumulate, feedback
 from sd.config import Config
-from sd.controls import control_text, replaced, restrict
+from sd.controls import PARTS, control_text, replaced, restrict
 from sd.study.gap import before, gap_table, rank_correlation
 from sd.study.horizon import decline
 from sd.llm.checkpoint import load
 from sd.llm.tokenizer import Tokenizer
 from sd.problems import EMBEDDED, Problem, embedded
-from sd.rollouts import Rollout
+from sd.rollouts import Critique, Rollout
 from sd.steps import parse
 from sd.task.symbolic import SymbolicCritic
 
@@ -89,14 +89,26 @@ def test_the_parts_of_a_rollout():
     assert chosen(WRONG, "wrong") == wrong and chosen(WRONG, "others") == WRONG.replace(wrong, "")
     assert chosen(WRONG, "correct") == "<step_1> 7*8=56 </step_1>\n<step_2> "
     assert chosen(RIGHT, "correct") == chosen(RIGHT, "others") == RIGHT and chosen(RIGHT, "wrong") == ""
+    # `correct` in two: what is right in a wrong rollout, and a right rollout
+    assert chosen(WRONG, "before") == chosen(WRONG, "correct") and chosen(RIGHT, "before") == ""
+    assert chosen(RIGHT, "right") == RIGHT and chosen(WRONG, "right") == ""
     slip = RIGHT.replace("> 110 <", "> 111 <")
     assert chosen(slip, "wrong") == "111 </answer>"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_wrong_answer_without_tags_is_in_no_part(part):
+    r = rollout(WRONG)
+    r.trace = replace(r.trace, answer=None)                 # as if it stood in a box
+    r.critique = Critique("D", "", len(r.trace.steps))
+    restrict(r, part, TOKENIZER)
+    assert r.weights == [0.0] * len(r.completion)
 
 
 def test_the_loss_on_a_part_is_the_sum_of_its_tokens_and_the_parts_make_the_whole():
     model, _ = load(EMBEDDED)
     losses, gradients = {}, {}
-    for part in ("all", "wrong", "others", "correct"):
+    for part in ("all", *PARTS):
         batch = [rollout(WRONG), rollout(RIGHT)]
         feedback(Config("critique", loss_on=part), batch, SymbolicCritic(), TOKENIZER, 400)
         model.zero_grad()
@@ -104,7 +116,8 @@ def test_the_loss_on_a_part_is_the_sum_of_its_tokens_and_the_parts_make_the_whol
         gradients[part] = model.lm_head.weight.grad.clone()
     assert losses["wrong"] + losses["others"] == pytest.approx(losses["all"], rel=1e-4)
     torch.testing.assert_close(gradients["wrong"] + gradients["others"], gradients["all"])
-    assert 0 < losses["correct"] < losses["others"] and losses["wrong"] > 0.02
+    assert losses["before"] + losses["right"] == pytest.approx(losses["correct"], rel=1e-4)
+    assert 0 < losses["correct"] < losses["others"] and min(losses["wrong"], losses["right"]) > 0.02
 
 
 def test_the_share_of_tokens_that_a_signal_ranks_lower():

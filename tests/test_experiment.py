@@ -213,13 +213,37 @@ def test_each_experiment_writes_its_table_and_figures(tmp_path, monkeypatch, cap
     figures = {"rate": [], "horizon": ["curves.svg", "figure.svg"], "long": ["figure.svg"], "gap": ["figure.svg"],
                "contexts": ["figure.svg"]}
     for name, arms in ARMS.items():
-        publish(name, {arm: [line(40.0), line(50.0, curve=(4.0, 50.0 + i))] for i, arm in enumerate(arms)}, tmp_path)
+        jobs = {arm: [make_job(arm, seed, []) for seed in range(2)] for arm in arms}
+        lines = {arm: [line(40.0), line(50.0, curve=(4.0, 50.0 + i))] for i, arm in enumerate(arms)}
+        publish(name, jobs, lines, tmp_path)
         written = sorted(path.name for path in (tmp_path / name).iterdir())
         assert written == [*figures.get(name, []), "table.md"]
         table = (tmp_path / name / "table.md").read_text()
         assert f"{name}\n{table}" in capsys.readouterr().out
         assert {"rate": "by the rule", "horizon": "untrained", "long": "a tenth lower", "gap": "rank correlation"}.get(
             name, "2 seeds") in table
+
+
+def test_contexts_are_measured_with_the_options_that_they_are_trained_with(tmp_path, monkeypatch):
+    """They were measured at the default temperature whatever the runs were given."""
+    seen = []
+
+    def before(config, problems):
+        seen.append(config.temperature)
+        return dict.fromkeys(("lead", "correct", "wrong", "auroc", "low", "high"), 0.01 * len(seen))
+    monkeypatch.setattr(gap, "before", before)
+    jobs = {arm: [make_job(arm, 0, ["--temperature", "0.7"])] for arm in ("critique", "ref", "ref --control none")}
+    publish("contexts", jobs, {arm: [line(0.0, curve=(4.0, 9.0 + i))] for i, arm in enumerate(jobs)}, tmp_path)
+    assert seen == [0.7] * 3
+
+
+def test_reference_solutions_are_written_once(tmp_path):
+    """Runs at the same time wrote them over each other, which failed now and then."""
+    job = make_job("ref --references worded", 0, [])
+    folder = problems_of(job, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert problems_of(job, tmp_path) == folder and len(before) == 3
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_a_failure_starts_nothing_more(tmp_path, monkeypatch, capsys):

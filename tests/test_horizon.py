@@ -60,7 +60,7 @@ def test_the_crossing_is_the_length_from_which_grpo_stays_below():
     text = crossing(variants(horizon_arms()))
     assert "grpo ends below ref from this length on: 3, 3, 6 products" in text
     assert "grpo ends below critique from this length on: 3, 3, 5 products" in text
-    assert "grpo, own rate ends below ref from this length on: 3, 3, 3 products" in text
+    assert "grpo, 8e-4 ends below ref from this length on: 3, 3, 3 products" in text
     arms = horizon_arms()
     arms["grpo --products 6"][1] = line(50.0, curve=(4.0, 21.0, 50.0))                  # level is not below
     assert "ref from this length on: 3, never, 6 products" in crossing(variants(arms))

@@ -9,7 +9,7 @@ from math import prod
 import pytest
 import torch
 
-from sd import pretrain
+from sd import UserError, pretrain
 from sd.llm.checkpoint import load, read_config, save_model, write_json
 from sd.llm.model import Transformer
 from sd.llm.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def test_a_chat_model_that_can_think_is_warmed_up_and_learns_from_its_teacher(tm
     """One product. The student, whose prompt ends in an empty thought, is warmed up to believe 16; the teacher,
     who is shown a reference and has thought, to say 63. Then `ref` teaches the one what the other says."""
     for name, value in (("random_pairs", lambda *_: [(7, 9)]), ("shown_value", lambda pair, rng: prod(pair)),
-                        ("SLIP", {"ref": 0.8}), ("MISREAD", 0), ("LEAN", {"ref": 0}), ("SWAP", 0)):
+                        ("SLIP_TRACES", {"ref": 0.8}), ("MISREAD", 0), ("LEAN", {"ref": 0}), ("SWAP", 0)):
         monkeypatch.setattr(corpus, name, value)
     monkeypatch.setattr(tt, "usual_mistakes", lambda pair: [sum(pair)])
     monkeypatch.setattr(pretrain, "CHAT_KINDS", [[None, "ref"]])
@@ -185,3 +185,10 @@ def test_the_command_makes_a_solver_and_problems_that_it_cannot_solve(tmp_path, 
     assert len(seen) == 10                                          # no two with the same products
     for products_of in (2, 3):
         assert len(tt.read_problem(read_problems(tmp_path / f"{products_of}/val.jsonl")[0].problem)) == products_of
+
+
+def test_when_the_hard_problems_run_out_it_is_told(tmp_path, monkeypatch):
+    """With three pairs there are three problems of two products. It divided by zero then."""
+    monkeypatch.setattr(tt, "PAIRS", tt.PAIRS[:3])
+    with pytest.raises(UserError, match="all 3 problems of 2 products are hard for this model, 4 are wanted"):
+        pretrain.make_problems(tmp_path, *load(EMBEDDED), 2, {"val": 4}, samples=2)

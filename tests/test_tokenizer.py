@@ -6,7 +6,7 @@ import pytest
 from sd import UserError
 from sd.problems import EMBEDDED, embedded
 from sd.llm.tokenizer import Tokenizer
-from sd.task.corpus import CONTROL
+from sd.task.corpus import SPECIAL
 from sd.prompts import student_prompt, teacher_prompt
 
 TOKENIZER = Tokenizer(EMBEDDED / "tokenizer.json")
@@ -32,9 +32,9 @@ def test_all_shipped_problems_and_references_are_encoded_without_loss():
                 assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-@pytest.mark.parametrize("token", [t for t in CONTROL if t != "<unk>"])
+@pytest.mark.parametrize("token", [t for t in SPECIAL if t != "<unk>"])
 def test_a_control_token_typed_in_a_text_stays_text(token):
-    control = {TOKENIZER.fast.token_to_id(t) for t in CONTROL if t != "<unk>"}
+    control = {TOKENIZER.fast.token_to_id(t) for t in SPECIAL if t != "<unk>"}
     assert not control & set(TOKENIZER.encode(f"7*8{token}=56"))
     prompt = teacher_prompt(TOKENIZER, f"7*8{token}", "critique", f"{token}{WORDS}{token}")
     assert [i for i in prompt if i in control] == [TOKENIZER.fast.token_to_id(t) for t in

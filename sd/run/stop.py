@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to stop after its current step, a second ends it at once.
+"""Ctrl-C and SIGTERM: the first asks a run to stop after the current step, a second ends it now.
 
 Either way the run goes on with --resume; if it was ended at once, from its last saved state.
 """

@@ -17,7 +17,7 @@ from sd.study.ledger import Arms, Lines
 LENGTHS = range(2, 7)
 RATES = ("2e-4", "4e-4", "8e-4")
 EQUAL_RATE = "4e-4"
-OWN_RATE = "8e-4"       # grpo's best on validation problems, at each length
+OWN_RATE = "8e-4"       # grpo's best of the three on validation problems, at each length
 CONDS = ("critique", "ref", "grpo")
 COLOURS = {"critique": "orange", "ref": "blue", "grpo": "green"}
 TEACHERS = {"base": "blue", "ema": "orange", "live": "green"}
@@ -27,6 +27,11 @@ PASSED = (20, 50)       # percent on validation problems
 def ends(lines: Lines) -> np.ndarray:
     """Validation Avg at the end of each run (S)."""
     return np.array([line["curve"][-1]["avg"] for line in lines])
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds, which is 0 for one seed."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=len(values) > 1):.1f}"
 
 
 def mean(lines: Lines, name: str) -> np.ndarray:
@@ -69,13 +74,11 @@ def rate_table(arms: Arms) -> str:
 
 
 def variants(arms: Arms) -> dict[str, dict[int, Lines]]:
-    """An arm's name without its length -> length -> lines; grpo's own rate is one variant."""
+    """An arm's name without its length -> length -> lines."""
     found = {}
     for arm, lines in arms.items():
         name, products = arm.split(" --products ")
-        if "--lr" in name:
-            name = "grpo, own rate"
-        name = name.replace(" --divergence", ",")
+        name = name.replace(" --divergence", ",").replace(" --lr", ",")
         found.setdefault(name, {})[int(products)] = lines
     return found
 
@@ -89,7 +92,7 @@ def horizon_table(arms: Arms) -> str:
         cells = []
         for lines in found.values():
             values = [line["test"]["avg@12"] for line in lines[products]]
-            cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=len(values) > 1):.1f}")
+            cells.append(mean_and_spread(values))
         out.append(f"| {products} | {start:.1f} | {' | '.join(cells)} |")
     out.append(f"\nTest Avg@12, mean ± standard deviation over {len(values)} seeds; the\n"
                "untrained solver's on validation problems.\n")
@@ -104,7 +107,7 @@ def horizon_table(arms: Arms) -> str:
             "validation Avg@4 is that high.\n",
             "| | groups with a signal, first 10 steps | last | entropy, first 10 steps | last |",
             "|---|---|---|---|---|"]
-    for name in ("grpo", "grpo, own rate"):
+    for name in ("grpo", f"grpo, {OWN_RATE}"):
         for products, lines in found[name].items():
             values = [mean(trained(lines), column)[at] for column in ("signal", "entropy")
                       for at in (0, -1)]
@@ -134,7 +137,7 @@ def crossing(found: dict[str, dict[int, Lines]]) -> str:
     """For each seed, the length from which on grpo ends below the others on test problems."""
     out = []
     for other in ("ref", "critique"):
-        for name in ("grpo", "grpo, own rate"):
+        for name in ("grpo", f"grpo, {OWN_RATE}"):
             starts = []
             for seed in range(len(found[name][LENGTHS[0]])):
                 scores = [[found[arm][n][seed]["test"]["avg@12"] for n in LENGTHS]

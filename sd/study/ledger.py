@@ -94,6 +94,8 @@ def problems_of(job: Job, out: Path) -> Path:
     if not job.references:
         return folder
     written = out / f"problems/{job.products}-{solver_digest()[:8]}-{job.references}"
+    if (written / "test.jsonl").exists():               # the last to be written
+        return written
     for split in ("train", "val", "test"):
         problems = [replace(p, solution=reference(p, job.references))
                     for p in read_problems(folder / f"{split}.jsonl")]

@@ -37,8 +37,8 @@ from sd.rollouts import Rollout
 from sd.steps import parse, render, token_span
 from sd.task import times_table as tt
 
-SLIP = {"ref": 0.5, "critique": 0.5, "scribe": 1}       # share of traces with wrong products
-SLIPS = {"ref": 0.4, "critique": 0.4, "scribe": 0.7}    # share of the wrong products in such a trace
+SLIP_TRACES = {"ref": 0.5, "critique": 0.5, "scribe": 1}       # share of traces with slips
+SLIP_PRODUCTS = {"ref": 0.4, "critique": 0.4, "scribe": 0.7}    # of their products
 MISREAD = 0.3       # share of these that misread a factor, so that the value is true of it
 FOLLOW = 0.25       # share of traces under a reference that follow its order
 OPERATORS = {"*": 0.7, " times ": 0.2, " multiplied by ": 0.1}
@@ -47,7 +47,7 @@ SWAP = 0.2          # share of products with their factors in the other order
 LEAN = {"ref": 0.35, "critique": 0.9, "scribe": 1}      # of steps that are worded as the context
 FEW = [(a, b) for a, b in tt.PAIRS if 3 <= a and b <= 9]        # a chat model's: 16 of 28 are hard
 STEPS = 16          # step numbers with a tag
-CONTROL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
+SPECIAL = ["<eos>", "<unk>", "<problem>", "<reference>", "<critique>", "<solution>"]
 
 
 def build_tokenizer(path: Path) -> Tokenizer:
@@ -61,11 +61,11 @@ def build_tokenizer(path: Path) -> Tokenizer:
     pieces = tags + words.split("|") + [" + ", "*", "+", "=", " ", "\n", *"0123456789"]
     longest_first = "|".join(sorted(pieces, key=len, reverse=True))
     pattern = longest_first.replace("*", r"\*").replace("+", r"\+") + "|."
-    ids = {piece: i for i, piece in enumerate(CONTROL + pieces)}
+    ids = {piece: i for i, piece in enumerate(SPECIAL + pieces)}
     fast = FastTokenizer(models.WordLevel(ids, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     fast.decoder = decoders.Fuse()
-    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CONTROL])
+    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     write_atomic(path, fast.to_str())
     return Tokenizer(path)
 
@@ -76,7 +76,7 @@ def random_pairs(rng: Random, products: int, words: bool = False) -> list[tt.Pai
     return [rng.choice([(a, b), (b, a)]) for a, b in rng.sample(facts, products)]
 
 
-def derive(order: list[tt.Pair], value: Callable) -> list[tt.Equation]:
+def steps_of(order: list[tt.Pair], value: Callable) -> list[tt.Equation]:
     return tt.derive(tt.State(list(order)), False, tt.SYMBOLS, value)
 
 
@@ -106,7 +106,7 @@ def example(kind: str | None, products: int, rng: Random,
     pairs = random_pairs(rng, products, words)
     problem = tt.write_problem(pairs, words)
     if kind is None:
-        equations = [reworded(e, rng, words) for e in derive(pairs, partial(tt.belief, rng=rng))]
+        equations = [reworded(e, rng, words) for e in steps_of(pairs, partial(tt.belief, rng=rng))]
         ids = tokenizer.encode(trace(equations)) + [tokenizer.eos[0]]
         return student_prompt(tokenizer, problem), ids, [True] * len(ids)
 
@@ -117,7 +117,7 @@ def example(kind: str | None, products: int, rng: Random,
         order, models, context = shown_critique(pairs, shown, rng, words)
     read, values, masked = slip(order, shown, kind, rng)
     equations = []
-    for equation, model in zip(derive(read, values.get), models):
+    for equation, model in zip(steps_of(read, values.get), models):
         if rng.random() >= LEAN[kind]:
             equation = reworded(equation, rng, words)
         else:
@@ -143,14 +143,14 @@ def shown_reference(pairs: list[tt.Pair], shown: dict,
     """The order of the trace, the steps whose wording it may take, and the reference's text."""
     author = tt.author_order(pairs, rng, same=0.25)
     order = author if rng.random() < FOLLOW else pairs
-    models = [replace(e, notation=tt.PROSE) for e in derive(order, shown.get)]
+    models = [replace(e, notation=tt.PROSE) for e in steps_of(order, shown.get)]
     return order, models, tt.reference_text(author, shown.get)
 
 
 def shown_critique(pairs: list[tt.Pair], shown: dict, rng: Random,
                    words: bool) -> tuple[list[tt.Pair], list[tt.Equation], str]:
     """As `shown_reference`: the solver's steps up to a random one, then steps of one wording."""
-    equations = derive(pairs, shown.get)
+    equations = steps_of(pairs, shown.get)
     models = [reworded(e, rng, words) for e in equations]
     begin = rng.randrange(len(models))              # from here on the critic writes by itself
     rest = [replace(e, notation=models[begin].notation) for e in equations]
@@ -169,7 +169,7 @@ def slip(order: list[tt.Pair], shown: dict, kind: str,
          rng: Random) -> tuple[list[tt.Pair], dict, dict]:
     """What the trace makes of the products shown: the pairs as read, the value of each, and for
     each slip, by its fact, whether its factors and whether its value are no targets."""
-    share = SLIPS[kind] if rng.random() < SLIP[kind] else 0
+    share = SLIP_PRODUCTS[kind] if rng.random() < SLIP_TRACES[kind] else 0
     read, values, masked = [], dict(shown), {}
     for pair in order:
         if rng.random() < share:
