@@ -48,7 +48,7 @@ def train(config: Config, run: RunFolder, ranks: Ranks) -> None:
     order = data_order(config, len(problems))
     steps = count_steps(config, len(order), len(validation), ranks)
     group, share = config.rollouts_per_problem, ranks.share(config.batch)
-    begin = run.begin(student, optimizer, teacher, steps, problems + validation)
+    begin = run.begin(student, tokenizer, optimizer, teacher, steps, problems + validation)
     if tokenizer.chat_model and not config.data:
         run.say("note: without --data, this chat model trains on the embedded problems, such as "
                 f"{problems[0].problem}; --preset paper has the options for one")
@@ -206,7 +206,7 @@ def main(parser: argparse.ArgumentParser) -> None:
         if config.cond == "critique" and "://" in config.critic:
             run.say(f"the critic, which gets OPENAI_API_KEY if it is set: {config.critic}")
         train(config, run, ranks)
-        test = (f"python eval.py {shlex.quote(f'{run.path}/best')} "
+        test = (f"python eval.py {shlex.quote(f'{run.path.as_posix()}/best')} "
                 f"--temperature {config.temperature} --max-new-tokens {config.max_new_tokens}")
         if config.data:
             test += " --test TEST.jsonl"

@@ -39,7 +39,7 @@ from sd.llm.checkpoint import load, write_atomic
 from sd.llm.model import Transformer
 from sd.llm.sampling import uniforms
 from sd.llm.tokenizer import Tokenizer
-from sd.metrics import bootstrap
+from sd.metrics import auroc, ratio
 from sd.problems import EMBEDDED, Problem, read_problems
 from sd.prompts import student_prompt
 from sd.report import script_json
@@ -171,16 +171,6 @@ def read_again(model: Transformer, rollout: Rollout, temperature: float) -> list
     return (logprobs.exp() * -logprobs).sum(-1).tolist()
 
 
-def ratio(above: np.ndarray, below: np.ndarray, problem: np.ndarray) -> dict[str, float]:
-    """sum(above) / sum(below) over tokens (M), with its 95 % interval; `problem` numbers theirs.
-
-    The interval is over problems, since a problem's rollouts share facts, group and errors.
-    """
-    above, below = np.bincount(problem, above), np.bincount(problem, below)             # (P)
-    low, high = bootstrap(above, below)
-    return {"mean": above.sum() / below.sum(), "low": low, "high": high}
-
-
 def summarise(rows: list[Row]) -> dict:
     """context -> kind -> mean with interval, median, shares beyond -0.5 and +0.5, tokens.
 
@@ -213,10 +203,10 @@ def found(rows: list[Row], signals: list[np.ndarray]) -> dict[str, float]:
     return ratio(np.array(values), np.ones(len(rows)), problem)
 
 
-def auroc(signal: np.ndarray, first: int) -> float:
-    """The share of the other entries (T - 1) below the one at `first`; a tie counts half."""
-    others = np.delete(signal, first)
-    return float(np.mean(others < signal[first]) + np.mean(others == signal[first]) / 2)
+def luck(rollouts: list[Rollout], critic: Critic) -> tuple[int, int]:
+    """How many rollouts are right, and how many of these have wrong steps whose errors cancel."""
+    critiques = critic.batch([rollout for rollout in rollouts if rollout.reward])
+    return len(critiques), sum(critique.case == "D" for critique in critiques)
 
 
 def table(summary: dict) -> str:
@@ -315,7 +305,12 @@ def main(parser: argparse.ArgumentParser) -> None:
         "entropy": found(rows, [np.array(row.entropy) for row in rows]),
     }
     numbers = {"about": about, "contexts": summary, "student": student}
-    print(f"{about}\n{table(summary)}\nthe student alone finds it by its "
+    print(about)
+    if args.critic == "symbolic":
+        right, lucky = luck(rollouts, critic)
+        numbers |= {"right": right, "lucky": lucky}
+        print(f"{right} rollouts are right, {lucky} of them with wrong steps whose errors cancel")
+    print(f"{table(summary)}\nthe student alone finds it by its "
           + ", by its ".join(f"{name}: {INTERVAL.format(**m)}" for name, m in student.items()))
     for file, content in (
             (args.json, json.dumps(numbers, indent=1) + "\n"),

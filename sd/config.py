@@ -131,6 +131,10 @@ class Config:
                             "its ends are --divergence forward and reverse")
         if self.cond != "critique" and (self.control == "needless" or self.loss_on != "all"):
             raise UserError("--control needless and --loss-on go with --cond critique")
+        if self.cond == "grpo" and self.control != "off":
+            raise UserError("--control goes with --cond ref or critique")
+        if self.critic != "symbolic" and (self.quoting != "partial" or self.critic_noise):
+            raise UserError("--quoting and --critic-noise go with --critic symbolic")
         if self.group < 2:
             raise UserError("--group must be 2 or more: one rollout has no group to compare with")
         if bool(self.data) != bool(self.val):

@@ -154,11 +154,13 @@ def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("experiments"),
                         help="folder of runs and tables (default: experiments)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                         help="runs at a time, one thread each (default: one per core)")
     parser.add_argument("--fresh", action="store_true",
                         help="measure anew what sd/ledger.jsonl has already")
     args, extra = parser.parse_known_args()     # the rest goes to train.py
+    if min(args.seeds, args.jobs) < 1:
+        parser.error("--seeds and --jobs must be 1 or more")
     names = list(ARMS) if args.name == "all" else [args.name]
     arms = " ".join(arm for name in names for arm in ARMS[name])
     for word in extra:

@@ -72,6 +72,22 @@ def bootstrap(values: np.ndarray, counts: np.ndarray | None = None) -> tuple[flo
     return float(low), float(high)
 
 
+def ratio(above: np.ndarray, below: np.ndarray, problem: np.ndarray) -> dict[str, float]:
+    """sum(above) / sum(below) over tokens (M), with its 95 % interval; `problem` numbers theirs.
+
+    The interval is over problems, since a problem's rollouts share facts, group and errors.
+    """
+    above, below = np.bincount(problem, above), np.bincount(problem, below)             # (P)
+    low, high = bootstrap(above, below)
+    return {"mean": above.sum() / below.sum(), "low": low, "high": high}
+
+
+def auroc(signal: np.ndarray, first: int) -> float:
+    """The share of the other entries (T - 1) below the one at `first`; a tie counts half."""
+    others = np.delete(signal, first)
+    return float(np.mean(others < signal[first]) + np.mean(others == signal[first]) / 2)
+
+
 def evaluate(model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
              config: Config, context: str | None = None, ranks: Ranks | None = None) -> Scores:
     """Samples every problem `samples` times, each rank its share of the problems.

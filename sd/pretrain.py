@@ -182,6 +182,10 @@ def main(parser) -> None:
     parser.add_argument("--steps", type=int,
                         help=f"optimiser steps (default: 3200, for a chat model {CHAT_STEPS})")
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out {args.out} exists already; choose another folder")
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps must be 1 or more")
     if args.model:
         warm_up(args.model, args.out, args.seed, args.steps or CHAT_STEPS)
         model, tokenizer = load(args.out, torch.bfloat16)

@@ -62,7 +62,7 @@ class Rollout:
                "trace": self.trace.text,
                "reward": self.reward, "tokens": len(self.completion), "truncated": self.truncated,
                "nats": -self.logprobs.sum().item(),             # -log p of the completion
-               "signal": self.has_gradient}
+               "signal": self.has_gradient and (self.weights is None or any(self.weights))}
         if self.advantage is None:
             row["shortened"] = self.shortened
         if self.critique is not None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sd import advantage
-from sd.advantage import (FOUND, KINDS, Row, analyse_rollouts, correction, figure, locate, page, ratio,
+from sd.advantage import (FOUND, KINDS, Row, analyse_rollouts, correction, figure, locate, page,
                           sample_rollouts, summarise)
 from sd.answers import equal, final_answer
 from sd.conditions import feedback
@@ -24,7 +24,7 @@ from sd.config import Config
 from sd.critic import Critique
 from sd.llm.checkpoint import load
 from sd.llm.sampling import Sampled
-from sd.metrics import bootstrap
+from sd.metrics import bootstrap, ratio
 from sd.problems import EMBEDDED, Problem, embedded, write_problems
 from sd.prompts import student_prompt, teacher_prompt
 from sd.rollouts import Rollout
@@ -435,6 +435,8 @@ def test_the_command_prints_a_table_and_writes_its_files(capsys, monkeypatch, tm
     assert numbers["about"] == out.splitlines()[0] == (
         f"student the embedded solver, teacher the embedded solver: {tokens} wrong rollouts "
         "of 6 val problems, 4 rollouts each, temperature 1.1, seed 3")
+    assert numbers["right"] == 24 - tokens and numbers["lucky"] < numbers["right"] and out.splitlines()[1] == (
+        f"{24 - tokens} rollouts are right, {numbers['lucky']} of them with wrong steps whose errors cancel")
     assert list(numbers["contexts"]) == ["partial", "full", "omit", "ref", "grpo"]
     partial = numbers["contexts"]["partial"]
     assert partial["first wrong token"]["mean"] < -2

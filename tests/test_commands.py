@@ -111,8 +111,8 @@ def test_best_is_the_checkpoint_with_the_best_validation(runs, cond):
 
 def test_best_keeps_its_weights_when_later_scores_are_equal_or_worse(tmp_path):
     run = RunFolder(Config(cond="ref", out=str(tmp_path / "run"), eval_samples=1), Ranks(torch.device("cpu")))
-    student, _ = load(EMBEDDED)
-    run.begin(student, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4, [])
+    student, tokenizer = load(EMBEDDED)
+    run.begin(student, tokenizer, torch.optim.AdamW(student.parameters()), Teacher("base", student, 0.9), 4, [])
     for step, score in enumerate((0.1, 0.3, 0.3, 0.2)):
         with torch.no_grad():
             student.model.norm.weight.fill_(step)
@@ -239,6 +239,9 @@ def test_a_broken_checkpoint_is_refused_by_both_commands(tmp_path, name, fact, h
     (["eval.py", "--max-new-tokens", "495", "--context", "ref"], "fit the model beside --max-new-tokens"),
     (["train.py", "--preset", "paper", "--cond", "ref"], "needs --model"),
     (["train.py", "--cond", "ref", "--critic", "http://user:hush@host/v1"], "OPENAI_API_KEY"),
+    (["train.py", "--cond", "critique", "--critic", "self", "--quoting", "full"], "--quoting"),
+    (["train.py", "--cond", "ref", "--critic", "self", "--critic-noise", "0.5"], "--critic-noise"),
+    (["train.py", "--cond", "grpo", "--control", "echo"], "--control"),
     (["eval.py", "--nonsense"], "--nonsense"), (["eval.py", "--samples", "0"], "--samples"),
     (["eval.py", "--temperature", "nan"], "--temperature"),
 ])

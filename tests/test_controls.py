@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sd.study import gap
-from sd.advantage import auroc
 from sd.conditions import Teacher, accumulate, feedback
 from sd.config import Config
 from sd.controls import PARTS, control_text, replaced, restrict
@@ -17,6 +16,7 @@ from sd.study.gap import before, gap_table, rank_correlation
 from sd.study.horizon import decline
 from sd.llm.checkpoint import load
 from sd.llm.tokenizer import Tokenizer
+from sd.metrics import auroc
 from sd.problems import EMBEDDED, Problem, embedded
 from sd.rollouts import Critique, Rollout
 from sd.steps import parse

@@ -15,7 +15,7 @@ from sd.rollouts import Rollout
 from sd.steps import parse
 from sd.study import gap
 from sd.study import ledger as kept
-from sd.study.ledger import make_job, measure, problems_of, read_curve, run
+from sd.study.ledger import METRICS, make_job, measure, problems_of, read_curve, run
 from sd.task.symbolic import SymbolicCritic
 
 PROBLEMS = embedded("val")
@@ -303,3 +303,45 @@ def test_a_wrong_option_is_reported_once_before_anything_runs(monkeypatch, capsy
         err = capsys.readouterr().err
         assert status == 2 and fact in err.splitlines()[-1] and "Traceback" not in err
         assert sum("error" in line or "must" in line for line in err.splitlines()) == 1
+
+
+def test_both_parts_of_a_handoff_are_given_the_users_options(tmp_path, monkeypatch):
+    """The steps before --after had the defaults, whatever the user gave."""
+    given = []
+
+    def run_command(name, *options):
+        given.append(options)
+        out = next(option for option in options if option.startswith(("--out", "--json"))).partition("=")[2]
+        if name == "eval.py":
+            Path(out).write_text(json.dumps({metric: {"mean": 1.0} for metric in METRICS}))
+        else:
+            Path(out).mkdir(parents=True)
+            (Path(out) / "metrics.jsonl").write_text('{"step": 0, "val_avg@4": 1.0}\n')
+    monkeypatch.setattr(kept, "run_command", run_command)
+    run(make_job("grpo --after critique --steps 31", 0, ["--temperature", "0.7"]), tmp_path)
+    trained = [" ".join(options) for options in given if "--cond" in options]
+    assert len(trained) == 2 and all("--temperature 0.7" in options for options in trained)
+
+
+def test_a_step_that_was_evaluated_twice_is_one_point_of_the_curve(tmp_path):
+    """So it is in a run that lost its best/ and was resumed; the tables could not be made of two."""
+    rows = [{"step": 0, "val_avg@4": 4.0}, {"step": 1, "loss": 1.0, "length": 100, "rollouts": 32, "entropy": 0.3,
+                                           "signal": 1.0}, {"step": 1, "val_avg@4": 9.0}, {"step": 1, "val_avg@4": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = read_curve(tmp_path / "metrics.jsonl", [])
+    assert [row["step"] for row in curve] == [0, 1] and curve[1]["length"] == 100 and curve[1]["tokens"] == 3200
+
+
+def test_what_is_shipped_counts_as_a_whole(monkeypatch, tmp_path):
+    """With other test problems, the numbers of the shipped ones were printed."""
+    before = kept.solver_digest.__wrapped__()
+    monkeypatch.setattr(kept, "embedded", lambda split: embedded(split)[:-1])
+    assert kept.solver_digest.__wrapped__() != before
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--jobs"])
+def test_no_seeds_and_no_jobs_are_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sd.experiment", "main", option, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        experiment.main()
+    assert "must be 1 or more" in capsys.readouterr().err

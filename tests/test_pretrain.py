@@ -167,7 +167,8 @@ def test_the_command_makes_a_solver_and_problems_that_it_cannot_solve(tmp_path, 
     monkeypatch.setattr(pretrain, "CANDIDATES", 10)
     monkeypatch.setattr(tt, "LENGTHS", (2, 3))
     monkeypatch.setitem(pretrain.CONFIG, "hidden_size", 16)
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path), "--steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / "made"), "--steps", "2"])
+    tmp_path = tmp_path / "made"
     assert pretrain.main() == 0 and len(re.findall(r"(?m)^[23] products, .*%", capsys.readouterr().out)) == 2
     assert load(tmp_path)[0].config.hidden_size == 16
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(
@@ -185,6 +186,16 @@ def test_the_command_makes_a_solver_and_problems_that_it_cannot_solve(tmp_path, 
     assert len(seen) == 10                                          # no two with the same products
     for products_of in (2, 3):
         assert len(tt.read_problem(read_problems(tmp_path / f"{products_of}/val.jsonl")[0].problem)) == products_of
+
+
+@pytest.mark.parametrize("options, told", [(["--out", "."], "--out . exists already"),
+                                          (["--out", "none", "--steps", "0"], "--steps must be 1 or more")])
+def test_nothing_is_written_over_and_no_steps_are_refused(options, told, monkeypatch, capsys):
+    """Another solver's weights stood beside the old one's problems if the second run was killed."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *options])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert told in capsys.readouterr().err
 
 
 def test_when_the_hard_problems_run_out_it_is_told(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_a_line_of_a_log_that_was_half_written_goes_when_the_run_goes_on(trainer
 @pytest.fixture
 def open_run():
     """A folder's run with an adapter as `train` opens it, not trained on: it and the step it goes on from."""
-    student = load(EMBEDDED)[0]
+    student, tokenizer = load(EMBEDDED)
     add_lora(student, 4, 8, 0)
     initial = {name: p.clone() for name, p in student.state_dict().items()}
 
@@ -176,7 +176,8 @@ def open_run():
         run, problems = (RunFolder(config, Ranks(torch.device("cpu")), folder),
                          map(read_problems, map(Path, (config.data, config.val))))
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
-        return run, run.begin(student, optimizer, Teacher("ema", student, 0.9), STEPS, sum(problems, []))
+        teacher = Teacher("ema", student, 0.9)
+        return run, run.begin(student, tokenizer, optimizer, teacher, STEPS, sum(problems, []))
     return begin
 
 
@@ -234,7 +235,9 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole, tmp_path, here):
 
 
 @pytest.mark.parametrize("change, told", [
-    ("weights", "the initial weights in --model are not those"), ("moved", ""),
+    ("weights", "the weights and config.json in --model are not those"), ("moved", ""),
+    ("rope", "the weights and config.json in --model are not those"),
+    ("tokenizer", "the tokenizer and chat template in --model are not those"),
     ("data", "the problems in --data or --val are not those"),
     ("lr", "the options in config.json are not those"), ("device", "")])
 def test_a_run_does_not_go_on_with_other_weights_problems_or_options(whole, tmp_path, here, change, told):
@@ -249,6 +252,12 @@ def test_a_run_does_not_go_on_with_other_weights_problems_or_options(whole, tmp_
         tensors = load_file(model / "model.safetensors")
         tensors["model.norm.weight"] *= 1.01
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    if change == "rope":
+        (model / "config.json").write_text((model / "config.json").read_text().replace("10000.0", "20000.0"))
+    if change == "tokenizer":
+        raw = json.loads((model / "tokenizer.json").read_text())
+        raw["model"]["vocab"] |= {"8": raw["model"]["vocab"]["9"], "9": raw["model"]["vocab"]["8"]}
+        (model / "tokenizer.json").write_text(json.dumps(raw))
     config |= {"data": str(data), "model": str(model)} | {"lr": {"lr": 2e-3}, "device": {"device": "cpu"}}.get(change, {})
     (out / "config.json").write_text(json.dumps(config))
     code, text = here("--resume", out)
@@ -263,7 +272,8 @@ class Untrained:
     """Runs of the embedded solver as `train` opens them, without training: to write, to break and to resume."""
 
     def __init__(self, base):
-        self.student = load(EMBEDDED)[0].requires_grad_(False)
+        self.student, self.tokenizer = load(EMBEDDED)
+        self.student.requires_grad_(False)
         self.student.model.norm.weight.requires_grad_()
         self.initial = self.student.model.norm.weight.detach().clone()
         self.config = Config(cond="ref", out=str(base / "run"), eval_samples=1)
@@ -275,7 +285,7 @@ class Untrained:
 
     def begin(self, run):
         optimizer = torch.optim.AdamW([self.student.model.norm.weight])
-        run.begin(self.student, optimizer, None, 4, [])
+        run.begin(self.student, self.tokenizer, optimizer, None, 4, [])
         return run
 
     def fill(self, value):

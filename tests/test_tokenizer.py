@@ -2,6 +2,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from sd import UserError
 from sd.problems import EMBEDDED, embedded
@@ -23,6 +25,19 @@ def test_decode_gives_back_what_was_encoded(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text == "".join(TOKENIZER.pieces(ids)) \
         and len(TOKENIZER.pieces(ids)) == len(ids)
+
+
+def test_the_pieces_make_the_text_where_the_decoder_drops_its_first_space(tmp_path):
+    """As in Llama 2's tokenizers: every piece lost its space, and spans of tokens were shifted by as many."""
+    words = ["▁7", "▁is", "▁5", "6", "▁", "<eos>", "<unk>", "<problem>"]
+    fast = FastTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast.add_special_tokens(["<eos>", "<problem>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.pieces([0, 1, 2, 3, 5]) == ["7", " is", " 5", "6", ""]
+    for ids in ([7, 0, 1], [0, 7, 5, 1, 2], [1], [4, 0], [5, 0, 5]):
+        assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
 
 
 def test_all_shipped_problems_and_references_are_encoded_without_loss():

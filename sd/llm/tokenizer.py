@@ -78,11 +78,12 @@ class Tokenizer:
         in several tokens belongs to the token that completes it.
         """
         pieces = []
+        before = []         # tokens back to the last text: some decoders drop a space at the start
         pending = []        # tokens since the last whole character
         shown = 0           # characters of theirs that have been given to a token
         for i, token in enumerate(ids):
             pending.append(token)
-            text = self.decode(pending)
+            text = self.decode(before + pending)[len(self.decode(before)):]
             # one such sign stands for all bytes of an unfinished character
             if text.endswith("\ufffd") and i < len(ids) - 1:
                 text = text[:-1]
@@ -90,6 +91,7 @@ class Tokenizer:
                 shown = len(text)
             else:
                 pieces.append(text[shown:])
+                before = pending if text else before + pending
                 pending, shown = [], 0
         return pieces
 

@@ -69,18 +69,19 @@ class RunFolder:
     def __exit__(self, kind, error, trace) -> None:
         if kind and self.steps and self.writes:
             print(f"after step {self.done}; go on with: "
-                  f"python train.py --resume {shlex.quote(str(self.path))}", file=sys.stderr)
+                  f"python train.py --resume {shlex.quote(self.path.as_posix())}", file=sys.stderr)
         if self.lock:
             self.lock.close()
 
-    def begin(self, student, optimizer, teacher, steps: int, problems: list[Problem]) -> int:
+    def begin(self, student, tokenizer, optimizer, teacher, steps: int,
+              problems: list[Problem]) -> int:
         """Called once all that the user gave has been checked. Returns the step to continue from.
 
         Raises UserError if another process is writing the run, if the run to resume has no intact
         state or was begun with something else, or if the ranks do not begin with the same.
         """
         self.student = student
-        self.origin = origin(self.config, problems, student)
+        self.origin = origin(self.config, problems, student, tokenizer)
         self.tensors = live_tensors(student, optimizer, teacher)
         resumed = self.path is not None
         if resumed:
@@ -273,15 +274,18 @@ def absolute(config: Config, out: Path) -> Config:
                               for name, path in paths.items()})
 
 
-def origin(config: Config, problems: list[Problem], student) -> dict[str, str]:
+def origin(config: Config, problems: list[Problem], student, tokenizer) -> dict[str, str]:
     """Digests of what a run's numbers depend on, wherever the files lie and the critic's server."""
     options = asdict(replace(config, out="", model="", data="", val="",
                              critic=Path(config.critic).name))
     for name in MACHINE:
         del options[name]
+    prompts = [tokenizer.path.read_text(encoding="utf-8"), tokenizer.turns, tokenizer.eos]
     return {"the options in config.json": checksum(json.dumps(options)),
             "the problems in --data or --val": checksum(repr(problems)),
-            "the initial weights in --model": checksum("", student.parameters())}
+            "the tokenizer and chat template in --model": checksum(repr(prompts)),
+            "the weights and config.json in --model":
+                checksum(repr(student.config), student.parameters())}
 
 
 def live_tensors(student, optimizer, teacher) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ def curves(arms: Arms) -> str:
                               ("thousand tokens", "tokens", 1000)):
         row = []
         for products in LENGTHS:
-            drawn, most = [], 0
+            drawn, most = [], 1
             for cond in CONDS:
                 lines = found[cond][products]
                 at = mean(lines, name) / unit

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,7 +23,7 @@ from sd.config import MACHINE, Config, parse_config
 from sd.controls import reference
 from sd.llm.checkpoint import load, write_atomic
 from sd.pretrain import make_problems
-from sd.problems import EMBEDDED, read_problems, write_problems
+from sd.problems import EMBEDDED, embedded, read_problems, write_problems
 from sd.report import read_rows
 from sd.task import times_table as tt
 
@@ -44,6 +45,7 @@ class Job:
     products: int
     references: str
     after: str
+    extra: tuple[str, ...]      # those of the options that the user gave to every arm
 
     @property
     def facts(self) -> dict:
@@ -68,7 +70,7 @@ def options_of(config: Config) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
-def make_job(arm: str, seed: int, extra: list[str]) -> Job:
+def make_job(arm: str, seed: int, extra: Sequence[str]) -> Job:
     """Ends like train.py if it refuses the options."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--products", type=int, default=tt.PRODUCTS)
@@ -76,12 +78,19 @@ def make_job(arm: str, seed: int, extra: list[str]) -> Job:
     own.add_argument("--after", default="")
     args, rest = own.parse_known_args(arm.split()[1:])
     options = ("--cond", arm.split()[0], *rest, *extra, f"--seed={seed}")
-    return Job(arm, seed, config_of(options), options, args.products, args.references, args.after)
+    return Job(arm, seed, config_of(options), options, args.products, args.references, args.after,
+               tuple(extra))
 
 
 @cache
 def solver_digest() -> str:
-    return sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
+    """Of all that ships: weights, architecture, tokenizer, problems. Texts count as parsed."""
+    digest = sha256((EMBEDDED / "model.safetensors").read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        digest.update(repr(json.loads((EMBEDDED / name).read_bytes())).encode())
+    for split in ("train", "val", "test"):
+        digest.update(repr(embedded(split)).encode())
+    return digest.hexdigest()
 
 
 def problems_of(job: Job, out: Path) -> Path:
@@ -125,7 +134,7 @@ def run(job: Job, out: Path) -> dict:
     options = job.options
     begun = []
     if job.after:
-        first = make_job(f"{job.after} --steps {FIRST}", job.seed, [])
+        first = make_job(f"{job.after} --steps {FIRST}", job.seed, job.extra)
         begun = run(first, out)["curve"]
         options += (f"--model={folder_of(first, out)}/best",)
     if not (folder / "test.json").exists():
@@ -168,7 +177,11 @@ def read_curve(path: Path, begun: list[dict]) -> list[dict]:
             since.append(row)
             continue
         avg, = (value for name, value in row.items() if name.startswith("val_avg@"))
-        curve.append({"step": start["step"] + row["step"], "avg": avg,
+        step = start["step"] + row["step"]
+        if curve and curve[-1]["step"] == step:         # evaluated once more: best/ was lost
+            curve[-1]["avg"] = avg
+            continue
+        curve.append({"step": step, "avg": avg,
                       "rollouts": start["rollouts"] + rollouts, "tokens": round(tokens)})
         if since:
             for name in ("entropy", "signal", "length"):
