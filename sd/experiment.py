@@ -136,7 +136,7 @@ def table(result: dict) -> str:
     """The summary in Markdown."""
     lines = ["| | Avg@12 | Maj@12 | Pass@12 | rollouts |", "|---|---|---|---|---|"]
     for name, arm in result["arms"].items():
-        cells = [f"{mean_and_spread(arm[metric])}" for metric in METRICS]
+        cells = [mean_and_spread(arm[metric]) for metric in METRICS]
         lines.append(f"| {name} | {' | '.join(cells)} | {arm['rollouts']:,} |")
     lines += [
         f"\n{result['seeds']} seeds, mean ± standard deviation; checkpoint chosen on validation",
