@@ -206,7 +206,8 @@ def main(parser: argparse.ArgumentParser) -> None:
         if config.cond == "critique" and "://" in config.critic:
             run.say(f"the critic, which gets OPENAI_API_KEY if it is set: {config.critic}")
         train(config, run, ranks)
-        test = (f"python eval.py {shlex.quote(f'{run.path.as_posix()}/best')} "
+        best = (run.path or Path()) / "best"            # only rank 0 has the folder
+        test = (f"python eval.py {shlex.quote(best.as_posix())} "
                 f"--temperature {config.temperature} --max-new-tokens {config.max_new_tokens}")
         if config.data:
             test += " --test TEST.jsonl"
