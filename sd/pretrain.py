@@ -163,7 +163,8 @@ def make_problems(folder: Path, model: Transformer, tokenizer: Tokenizer, produc
             candidates.append(Problem("", problem, answer, solution))
         if not candidates:
             raise UserError(f"only {len(found)} of all {len(seen)} problems of {products} products "
-                            f"are hard for this model, {wanted} are wanted; give fewer --steps")
+                            f"are hard for this model, {wanted} are wanted; more --steps teach it "
+                            "its mistakes")
         scores = evaluate(model, tokenizer, candidates, samples, Config(seed=len(seen)))
         found += [problem for problem, avg in zip(candidates, scores.avg) if 16 * avg < 5]
     print(f"{products} products: {len(found)} of {len(seen)} problems are hard", flush=True)

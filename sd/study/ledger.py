@@ -185,7 +185,7 @@ def read_curve(path: Path, begun: list[dict]) -> list[dict]:
                       "rollouts": start["rollouts"] + rollouts, "tokens": round(tokens)})
         if since:
             for name in ("entropy", "signal", "length"):
-                average = np.mean([step[name] for step in since])
+                average = np.mean([logged[name] for logged in since])
                 curve[-1][name] = round(float(average), 4)
         since = []
     return begun[:-1] + curve
