@@ -186,9 +186,13 @@ def test_a_contexts_predictors_written_out(monkeypatch):
 
 def test_when_a_long_run_declined():
     def line(*avgs):
-        return {"curve": [{"step": 10 * i, "avg": avg, "length": 100.0 + i, "entropy": 0.1 * i}
-                          for i, avg in enumerate(avgs)]}
+        return {"curve": [{"step": 0, "avg": avgs[0]}] + [
+            {"step": 10 * i, "avg": avg, "length": 100.0 + i, "entropy": 0.1 * i}
+            for i, avg in enumerate(avgs) if i]}
 
     text = decline({"ref": [line(5.0, 40.0, 50.0, 46.0, 44.9, 50.0), line(5.0, 40.0, 41.0)]})
     assert text.splitlines()[-1] == ("| ref | 50.0, 20; 41.0, 20 | 40; never | 50.0; 41.0 | 102, 105; 102, 102 | "
                                      "0.200, 0.500; 0.200, 0.200 |")
+    # a run that is never better than before has declined as well
+    assert decline({"live": [line(5.0, 0.0, 1.0)]}).splitlines()[-1] == (
+        "| live | 5.0, 0 | 10 | 1.0 | 101, 102 | 0.100, 0.200 |")

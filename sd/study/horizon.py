@@ -194,16 +194,16 @@ def decline(arms: Arms) -> str:
            "| entropy, best and end |", "|---|---|---|---|---|---|"]
     for name, lines in arms.items():
         rows = []
-        for run in trained(lines):
-            curve = run["curve"]
-            avg = np.array([row["avg"] for row in curve])
-            best = curve[avg.argmax()]
+        for line in lines:
+            curve = line["curve"]
+            best = max(curve, key=lambda row: row["avg"])
             later = [row for row in curve if row["step"] > best["step"]]
             low = [row["step"] for row in later if row["avg"] < 0.9 * best["avg"]]
+            near = curve[1] if best is curve[0] else best   # nothing is sampled before the first
             last = curve[-1]
             rows.append((f"{best['avg']:.1f}, {best['step']}", str(low[0]) if low else "never",
-                         f"{last['avg']:.1f}", f"{best['length']:.0f}, {last['length']:.0f}",
-                         f"{best['entropy']:.3f}, {last['entropy']:.3f}"))
+                         f"{last['avg']:.1f}", f"{near['length']:.0f}, {last['length']:.0f}",
+                         f"{near['entropy']:.3f}, {last['entropy']:.3f}"))
         out.append(f"| {name} | {' | '.join(map('; '.join, zip(*rows)))} |")
     return "\n".join(out) + "\n"
 
