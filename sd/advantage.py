@@ -54,6 +54,7 @@ INTERVAL = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]"      # z: no -0.00
 COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}")
 COLUMNS[FOUND] = INTERVAL
 TEMPLATE = Path(__file__).parent / "run/pages/advantage.html"
+Contexts = dict[str, tuple[Config, Critic | None]]      # name -> what is shown, by which critic
 
 
 @dataclass
@@ -87,9 +88,20 @@ def sample_rollouts(model: Transformer, tokenizer: Tokenizer, problems: list[Pro
     return roll(model, tokenizer, problems, prompts, samples, config, noise)
 
 
+def contexts_of(config: Config, critic: Critic, problems: list[Problem]) -> Contexts:
+    """The critique, in three ways of quoting if it is symbolic, and the reference."""
+    shown = replace(config, cond="critique")
+    contexts = {"critique": (shown, critic)}
+    if config.critic == "symbolic":
+        contexts = {name: (shown, replace(critic, quoting=name))
+                    for name in ("partial", "full", "omit")}
+    if all(p.solution for p in problems):
+        contexts["ref"] = replace(config, cond="ref"), None
+    return contexts
+
+
 def analyse_rollouts(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
-                     rollouts: list[Rollout], contexts: dict[str, tuple[Config, Critic | None]],
-                     config: Config) -> list[Row]:
+                     rollouts: list[Rollout], contexts: Contexts, config: Config) -> list[Row]:
     """Scores the wrong rollouts under every context; those without a first wrong step are left out.
 
     `contexts` has the condition of each, and its critic if it needs one. The first one says which
@@ -283,15 +295,9 @@ def main(parser: argparse.ArgumentParser) -> None:
     config.check()
     problems = read_problems(args.data)[:args.problems]
     critic = open_critic(config, teacher, tokenizer, problems)
-    shown = replace(config, cond="critique")
-    contexts = {"critique": (shown, critic)}
-    if args.critic == "symbolic":
-        contexts = {name: (shown, replace(critic, quoting=name))
-                    for name in ("partial", "full", "omit")}
-    if all(p.solution for p in problems):
-        contexts["ref"] = replace(config, cond="ref"), None
     rollouts = sample_rollouts(student, tokenizer, problems, args.samples, config, "advantage")
     feedback(replace(config, group=args.samples), rollouts, None, tokenizer, 0)
+    contexts = contexts_of(config, critic, problems)
     rows = analyse_rollouts(student, teacher, tokenizer, rollouts, contexts, config)
     solver = args.folder or "the embedded solver"
     about = (f"student {solver}, teacher {args.teacher or solver}: {len(rows)} wrong rollouts of "
