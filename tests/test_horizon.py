@@ -8,7 +8,8 @@ from sd.config import Config
 from sd.experiment import ARMS, summary, table
 from sd.report import read_rows
 from sd.study import horizon
-from sd.study.horizon import CONDS, LENGTHS, RATES, crossing, curves, figure, horizon_table, passing, rate_table, variants
+from sd.study.horizon import (CONDS, LENGTHS, RATES, crossing, curves, decline, figure, horizon_table, passing,
+                              rate_table, variants)
 from sd.study.ledger import LEDGER, METRICS, ROOT, make_job
 from tests.test_experiment import line
 
@@ -110,3 +111,5 @@ def test_the_published_numbers_are_those_of_the_ledger():
         text = {"rate": rate_table, "horizon": horizon_table}.get(name, lambda lines: table(summary(lines)))(lines)
         rows = [row for row in text.splitlines() if row.startswith("| ")]
         assert len(rows) > 2 and set(rows) <= set(pages["sd/RESULTS.md"].splitlines()), name
+    text = decline({arm: [make_job(arm, 0, []).find(ledger)] for arm in ARMS["long"]})
+    assert set(text.splitlines()) <= set(pages["sd/RESULTS.md"].splitlines())
