@@ -51,10 +51,9 @@ KINDS = ("correct steps before", "wrong step up to error", "first wrong token", 
 FOUND = "finds the wrong token"
 SHOWN = 12              # rollouts on the page
 INTERVAL = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]"      # z: no -0.00
-COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}")
-COLUMNS[FOUND] = INTERVAL
+COLUMNS = dict.fromkeys(KINDS, INTERVAL + " {below:5.0%}") | {FOUND: INTERVAL}
 TEMPLATE = Path(__file__).parent / "run/pages/advantage.html"
-Contexts = dict[str, tuple[Config, Critic | None]]      # name -> what is shown, by which critic
+Conditions = dict[str, tuple[Config, Critic | None]]    # a context's condition and critic
 
 
 @dataclass
@@ -88,7 +87,7 @@ def sample_rollouts(model: Transformer, tokenizer: Tokenizer, problems: list[Pro
     return roll(model, tokenizer, problems, prompts, samples, config, noise)
 
 
-def contexts_of(config: Config, critic: Critic, problems: list[Problem]) -> Contexts:
+def contexts_of(config: Config, critic: Critic, problems: list[Problem]) -> Conditions:
     """The critique, in three ways of quoting if it is symbolic, and the reference."""
     shown = replace(config, cond="critique")
     contexts = {"critique": (shown, critic)}
@@ -101,7 +100,7 @@ def contexts_of(config: Config, critic: Critic, problems: list[Problem]) -> Cont
 
 
 def analyse_rollouts(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
-                     rollouts: list[Rollout], contexts: Contexts, config: Config) -> list[Row]:
+                     rollouts: list[Rollout], contexts: Conditions, config: Config) -> list[Row]:
     """Scores the wrong rollouts under every context; those without a first wrong step are left out.
 
     `contexts` has the condition of each, and its critic if it needs one. The first one says which
@@ -222,7 +221,7 @@ def luck(rollouts: list[Rollout], critic: Critic) -> tuple[int, int]:
 
 
 def table(summary: dict) -> str:
-    """Contexts x kinds: mean A_t, its interval, the share of tokens below -0.5."""
+    """Conditions x kinds: mean A_t, its interval, the share of tokens below -0.5."""
     lines = [
         "mean A_t [95 % interval], share of tokens below -0.5; AUROC of -A_t",
         " " * 8 + "".join(title.rjust(28) for title in COLUMNS)]
