@@ -97,11 +97,11 @@ def ticks(axis: Axis, values: Iterable[float], start: float, end: float,
         number = f"{value:g}".replace("-", "\u2212")
         style = "grid" if value else "zero grey"
         if vertical:
-            marks.append(line([(at, start), (at, end)], style))
-            marks.append(text(at, end + 16, number, "middle grey"))
+            marks += [line([(at, start), (at, end)], style),
+                      text(at, end + 16, number, "middle grey")]
         else:
-            marks.append(line([(start, at), (end, at)], style))
-            marks.append(text(start - 8, at + 4, number, "end grey"))
+            marks += [line([(start, at), (end, at)], style),
+                      text(start - 8, at + 4, number, "end grey")]
     return marks
 
 
@@ -134,23 +134,21 @@ def panels(title: str, legend: dict[str, str], rows: list[list[Panel]], width: i
     """
     marks, at = [text(16, 24, title, "bold")], 16
     for name, style in legend.items():
-        marks.append(line([(at, 44), (at + 18, 44)], style))
-        marks.append(text(at + 23, 48, name, style))
+        marks += [line([(at, 44), (at + 18, 44)], style), text(at + 23, 48, name, style)]
         at += 42 + 6 * len(name)
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             left, top = 48 + (width + 40) * j, 84 + (height + 66) * i
-            right, bottom = left + width, top + height
+            right, bottom, middle = left + width, top + height, left + width / 2
             x = axis(panel.low, panel.high, left, right, panel.scale)
             y = axis(lowest, 100, bottom, top)
             marks += ticks(x, panel.ticks, top, bottom, vertical=True)
             marks += ticks(y, range(0, 101, 25), left, right)
-            marks.append(text((left + right) / 2, top - 10, panel.title, "middle"))
-            marks.append(text((left + right) / 2, bottom + 34, panel.label, "middle"))
+            marks += [text(middle, top - 10, panel.title, "middle"),
+                      text(middle, bottom + 34, panel.label, "middle")]
             for style, values in panel.lines:
                 marks.append(line([(x(a), y(b)) for a, b in values], style))
-            for style, (a, b) in panel.dots:
-                marks.append(point(x(a), y(b), style))
+            marks += [point(x(a), y(b), style) for style, (a, b) in panel.dots]
     return document(title, right + 24, bottom + 48, marks)
 
 

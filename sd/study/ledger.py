@@ -42,25 +42,16 @@ class Job:
     seed: int
     config: Config              # without --data and --val
     options: tuple[str, ...]    # what train.py is given
-    products: int
-    references: str
-    after: str
+    facts: dict                 # what the run's result depends on, as the ledger has it
     extra: tuple[str, ...]      # those of the options that the user gave to every arm
-
-    @property
-    def facts(self) -> dict:
-        """What the run's result depends on, as the ledger has it."""
-        return {"solver": solver_digest(), "products": self.products,
-                "references": self.references, "after": self.after,
-                "options": options_of(self.config)}
 
     def find(self, ledger: Lines) -> dict | None:
         """The ledger's line of this run. An option that is newer than a line had its default."""
-        wanted, defaults = self.facts, options_of(Config())
+        defaults = options_of(Config())
         for row in ledger:
-            facts = {name: row.get(name, "") for name in wanted}
+            facts = {name: row.get(name, "") for name in self.facts}
             facts["options"] = defaults | row["options"]
-            if facts == wanted:
+            if facts == self.facts:
                 return row
         return None
 
@@ -78,8 +69,9 @@ def make_job(arm: str, seed: int, extra: Sequence[str]) -> Job:
     own.add_argument("--after", default="")
     args, rest = own.parse_known_args(arm.split()[1:])
     options = ("--cond", arm.split()[0], *rest, *extra, f"--seed={seed}")
-    return Job(arm, seed, config_of(options), options, args.products, args.references, args.after,
-               tuple(extra))
+    config, _ = parse_config(argparse.ArgumentParser("train.py", allow_abbrev=False), options)
+    facts = {"solver": solver_digest(), **vars(args), "options": options_of(config)}
+    return Job(arm, seed, config, options, facts, tuple(extra))
 
 
 @cache
@@ -95,20 +87,21 @@ def solver_digest() -> str:
 
 def problems_of(job: Job, out: Path) -> Path:
     """The folder of a job's problems; makes it when it is first needed."""
+    products, references = job.facts["products"], job.facts["references"]
+    made = f"{products}-{job.facts['solver'][:8]}"
     folder = EMBEDDED
-    if job.products != tt.PRODUCTS:
-        folder = out / f"problems/{job.products}-{solver_digest()[:8]}"
+    if products != tt.PRODUCTS:
+        folder = out / f"problems/{made}"
         if not (folder / "test.jsonl").exists():
-            make_problems(folder, *load(EMBEDDED), job.products)
-    if not job.references:
+            make_problems(folder, *load(EMBEDDED), products)
+    if not references:
         return folder
-    written = out / f"problems/{job.products}-{solver_digest()[:8]}-{job.references}"
-    if (written / "test.jsonl").exists():               # the last to be written
-        return written
-    for split in ("train", "val", "test"):
-        problems = [replace(p, solution=reference(p, job.references))
-                    for p in read_problems(folder / f"{split}.jsonl")]
-        write_problems(written / f"{split}.jsonl", problems)
+    written = out / f"problems/{made}-{references}"
+    if not (written / "test.jsonl").exists():           # the last to be written
+        for split in ("train", "val", "test"):
+            problems = [replace(p, solution=reference(p, references))
+                        for p in read_problems(folder / f"{split}.jsonl")]
+            write_problems(written / f"{split}.jsonl", problems)
     return written
 
 
@@ -121,20 +114,14 @@ def run_command(*command: str) -> None:
         raise UserError(f"{' '.join(command)}: {' '.join(result.stderr.splitlines()[-1:])}")
 
 
-def config_of(options: tuple[str, ...]) -> Config:
-    """What train.py makes of `options`; ends like train.py if it refuses them."""
-    config, _ = parse_config(argparse.ArgumentParser("train.py", allow_abbrev=False), list(options))
-    return config
-
-
 def run(job: Job, out: Path) -> dict:
     """Trains and measures one arm and seed, unless that is done. Returns the ledger's line."""
     folder = folder_of(job, out)
     problems = problems_of(job, out)
     options = job.options
     begun = []
-    if job.after:
-        first = make_job(f"{job.after} --steps {FIRST}", job.seed, job.extra)
+    if job.facts["after"]:
+        first = make_job(f"{job.facts['after']} --steps {FIRST}", job.seed, job.extra)
         begun = run(first, out)["curve"]
         options += (f"--model={folder_of(first, out)}/best",)
     if not (folder / "test.json").exists():
